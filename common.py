@@ -1,0 +1,1252 @@
+"""The parts that no paper is about: settings, data, networks, ODE stepping, the run, pictures.
+
+Copy this file together with any script of this folder: the two need nothing else.
+
+Conventions of the whole folder:
+  images   float in [-1, 1], (B, C, H, W); the level k of 0..255 is (k + 1/2)/128 - 1, its bin's middle
+  vectors  float (B, D); labels int64 (B,)
+  fields   f(x, t) or f(x, t, y): networks and vector fields take the state first, t of shape (B,)
+  errors   a mistake that the user can mend raises UserError; `cli` prints its one line, exit code 2
+"""
+
+import argparse
+import copy
+import dataclasses
+import inspect
+import json
+import math
+import os
+import platform
+import re
+import signal
+import sys
+import time
+import types
+import typing
+from contextlib import redirect_stdout, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+import torchvision
+from PIL import Image, ImageDraw, ImageOps
+from torch import Tensor, nn
+from tqdm import tqdm
+
+
+class UserError(Exception):
+    """A mistake that the user can mend: one line that says what is wrong and how to mend it."""
+
+
+# ---- Settings and command line ------------------------------------------------------------------
+
+Count = Annotated[int, lambda v: v >= 1, "a whole number of at least 1"]
+Natural = Annotated[int, lambda v: v >= 0, "a whole number of at least 0"]
+Positive = Annotated[float, lambda v: 0 < v < math.inf, "a number above 0"]
+Fraction = Annotated[float, lambda v: 0 <= v < 1, "a number in [0, 1)"]
+Sizes = Annotated[tuple, lambda v: all(n >= 1 for n in v), "whole numbers such as 1,2,2"]
+
+
+@dataclass
+class Config:
+    """Settings that every script shares. The comment on a field's line is its text in --help."""
+
+    dataset: str = "checkerboard"  # a data set's name, or a folder of images (sub-folders: classes)
+    data_dir: str = "data"  # where mnist, fashion_mnist and cifar10 lie or are downloaded to
+    image_size: Count | None = None  # side to which images are resized (a folder's default: 32)
+    flip: bool = False  # mirror training images left to right at random
+    steps: Natural = 10_000  # optimisation steps
+    batch_size: Count = 256  # examples per step, over all processes together
+    lr: Positive = 1e-3  # peak learning rate of Adam
+    warmup: Natural = 100  # steps of linear rise to the peak
+    decay: Literal["constant", "linear", "cosine"] = "cosine"  # of the learning rate, to the end
+    clip: Positive | None = 1.0  # largest norm of the gradient
+    ema: Fraction | None = 0.999  # decay of the weights' moving average, which is what samples
+    seed: Natural = 0  # of everything random but the embedded data sets
+    device: str = "auto"  # auto (cuda, else mps, else cpu) or a torch device
+    amp: bool = False  # train the network under bfloat16 autocast
+    compile: bool = False  # train the network under torch.compile
+    out: str | None = None  # the run's folder (default: a new runs/<script>-<dataset>)
+    resume: bool = False  # go on from the checkpoint in the run's folder, up to --steps
+    sample: str | None = None  # a checkpoint to sample and evaluate without training
+    num_samples: Natural = 0  # samples to write to samples.npz
+    checkpoint_every: Count | None = None  # steps between checkpoints (besides every 10 minutes)
+
+    @property
+    def script(self):
+        return Path(inspect.getfile(type(self))).stem
+
+
+def cli(main, config_class, presets):
+    """Run `main(cfg)` on the command line's settings; a UserError ends as one line, exit code 2."""
+    try:
+        main(parse(config_class, presets))
+    except (UserError, torch.OutOfMemoryError) as error:
+        line = " ".join(str(error).split())
+        print(f"{Path(sys.argv[0]).name}: error: {line}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+
+
+def parse(config_class, presets, argv=None):
+    """Command line -> config. Precedence: default < preset < a checkpoint's settings < explicit flag.
+
+    `presets` maps a data set's name (or "folder") to the settings that it changes. Raises UserError.
+    """
+    parser = _Parser(description=inspect.getmodule(config_class).__doc__, allow_abbrev=False)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    helps = {}
+    for cls in reversed(config_class.__mro__[:-1]):
+        helps |= dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(cls), re.M))
+    kinds = typing.get_type_hints(config_class, include_extras=True)
+    for field in dataclasses.fields(config_class):
+        text = f"{helps[field.name]} [{field.default}]".replace("%", "%%")
+        _add_flag(parser, field.name, kinds[field.name], text)
+    explicit = vars(parser.parse_args(argv))
+
+    name = explicit.get("dataset", config_class.dataset)
+    preset = presets.get(name, presets.get("folder", {}) if Path(name).is_dir() else {})
+    cfg = config_class(**preset | explicit)
+    if cfg.resume and cfg.sample:
+        raise UserError("--resume goes on training and --sample does not train: choose one of them")
+    if cfg.resume:
+        out = Path(cfg.out or _default_out(cfg, occupied=True))
+        saved = load_checkpoint(out / "checkpoint.pt", cfg.script, mmap=True)["config"]
+        return config_class(**saved | explicit | {"out": str(out), "resume": True, "sample": None})
+    if cfg.sample:
+        saved = load_checkpoint(cfg.sample, cfg.script, mmap=True)["config"]
+        cfg = config_class(**saved | {"out": None, "resume": False, "num_samples": 0} | explicit)
+    if cfg.out and Path(cfg.out, "checkpoint.pt").exists():
+        raise UserError(f"{cfg.out} holds a checkpoint: add --resume to go on, or another --out")
+    cfg.out = cfg.out or _default_out(cfg)
+    return cfg
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UserError(f"{message} (--help lists the flags)")
+
+
+def _add_flag(parser, name, kind, text):
+    """A field's flag: --x VALUE; for a bool --x and --no-x; for an optional one also --no-x."""
+    flag = name.replace("_", "-")
+    options = {"dest": name, "default": argparse.SUPPRESS, "help": text}
+    if kind is bool:
+        parser.add_argument(f"--{flag}", action=argparse.BooleanOptionalAction, **options)
+        return
+    if typing.get_origin(kind) in (types.UnionType, typing.Union):
+        off = options | {"help": f"without {flag}"}
+        parser.add_argument(f"--no-{flag}", action="store_const", const=None, **off)
+        kind = kind.__args__[0]
+    if kind is str:
+        parser.add_argument(f"--{flag}", **options)
+    elif typing.get_origin(kind) is Literal:
+        parser.add_argument(f"--{flag}", choices=typing.get_args(kind), **options)
+    else:
+
+        def convert(value):
+            with suppress(ValueError):
+                number = tuple(map(int, value.split(","))) if is_tuple else kind.__origin__(value)
+                if valid(number):
+                    return number
+            raise argparse.ArgumentTypeError(f"must be {wanted}, not {value!r}")
+
+        is_tuple = kind.__origin__ is tuple
+        valid, wanted = kind.__metadata__
+        parser.add_argument(f"--{flag}", type=convert, metavar=name.upper(), **options)
+
+
+def _default_out(cfg, occupied=False):
+    """runs/<script>-<dataset>, or -2, -3 …: the first free folder, or the last that is occupied.
+
+    With --sample, the numbered folder is `samples` beside the checkpoint.
+    """
+    stem = Path("runs", f"{cfg.script}-{Path(cfg.dataset).resolve().name}")
+    holds = "checkpoint.pt"
+    if cfg.sample:
+        stem, holds = Path(cfg.sample).parent / "samples", "samples.png"
+    number, last, path = 1, None, stem
+    while Path(path, holds).exists():
+        number, last, path = number + 1, path, Path(f"{stem}-{number + 1}")
+    if occupied and last is None:
+        raise UserError(
+            f"nothing to resume: {stem} holds no checkpoint (--out names another folder)"
+        )
+    return str(last if occupied else path)
+
+
+def load_checkpoint(path, script, device="cpu", mmap=False):
+    """The dict that Run.save wrote, or a UserError that says why it cannot be used by `script`."""
+    try:
+        state = torch.load(path, map_location=device, weights_only=True, mmap=mmap)
+    except FileNotFoundError:
+        raise UserError(f"there is no checkpoint at {path}") from None
+    except Exception as error:
+        cause = type(error).__name__
+        raise UserError(f"{path} is no readable checkpoint: damaged or foreign ({cause})") from None
+    if not (isinstance(state, dict) and {"script", "step", "config", "model"} <= state.keys()):
+        raise UserError(f"{path} is a torch file, but not a checkpoint of this folder's scripts")
+    if state["script"] != script:
+        raise UserError(f"{path} belongs to {state['script']}.py, not to {script}.py")
+    return state
+
+
+# ---- Data ---------------------------------------------------------------------------------------
+
+
+@dataclass
+class Data:
+    """A whole data set on one device: images uint8 (N, C, H, W) or vectors float32 (N, D)."""
+
+    name: str
+    train: Tensor
+    train_labels: Tensor  # int64 (N,)
+    test: Tensor
+    test_labels: Tensor
+    flip: bool = False
+    entropy: float | None = None  # of the density, in nats, where a closed form is known
+
+    def __post_init__(self):
+        self.is_image = self.train.dtype == torch.uint8
+        self.shape = tuple(self.train.shape[1:])
+        self.num_classes = int(self.train_labels.max()) + 1
+
+    def batch(self, n):
+        """n training examples (x, y), drawn with replacement from the device's random stream."""
+        index = torch.randint(len(self.train), (n,), device=self.train.device)
+        x = to_float(self.train[index])
+        if self.flip:
+            x = torch.where(torch.rand(n, 1, 1, 1, device=x.device) < 0.5, x, x.flip(-1))
+        return x, self.train_labels[index]
+
+
+def to_float(x):
+    """uint8 levels -> the middles of their bins in [-1, 1]; vectors pass."""
+    return (x.float() + 0.5) / 128 - 1 if x.dtype == torch.uint8 else x
+
+
+def to_uint8(x):
+    """[-1, 1] -> the level whose bin holds x; what lies outside is clamped."""
+    return ((x.float() + 1) * 128).floor().clamp(0, 255).to(torch.uint8)
+
+
+def dequantize(x):
+    """Images at their bins' middles -> uniform over the bins, which makes the data a density."""
+    return x + (torch.rand_like(x) - 0.5) / 128
+
+
+def load_data(cfg, device="cpu"):
+    """The data set that cfg names, on `device`. Raises UserError if it cannot be had."""
+    name = cfg.dataset
+    if world_size() > 1 and rank() > 0:  # rank 0 downloads first
+        dist.barrier()
+    if name in DENSITIES:
+        splits = [
+            DENSITIES[name](n, torch.Generator().manual_seed(seed))
+            for n, seed in ((1_000_000, 0), (100_000, 1))
+        ]
+        if cfg.image_size or cfg.flip:
+            raise UserError(f"{name} is not made of images: leave out --image-size and --flip")
+    elif name == "glyphs":
+        splits = [glyphs(60_000, seed=0), glyphs(10_000, seed=1)]
+    elif name in ("mnist", "fashion_mnist", "cifar10"):
+        splits = _torchvision_splits(name, Path(cfg.data_dir))
+    elif Path(name).is_dir():
+        splits = _folder_splits(Path(name), cfg.image_size or 32)
+    else:
+        known = ", ".join([*DENSITIES, "glyphs", "mnist", "fashion_mnist", "cifar10"])
+        raise UserError(f"unknown data set {name!r}: give one of {known}, or a folder of images")
+    if world_size() > 1 and rank() == 0:
+        dist.barrier()
+    if cfg.image_size and splits[0][0].shape[-1] != cfg.image_size:
+        size = [cfg.image_size, cfg.image_size]
+        resize = torchvision.transforms.v2.functional.resize
+        splits = [(resize(x, size, antialias=True), y) for x, y in splits]
+    (train, train_labels), (test, test_labels) = [(x.to(device), y.to(device)) for x, y in splits]
+    entropy = ENTROPIES.get(name)
+    return Data(name, train, train_labels, test, test_labels, cfg.flip, entropy)
+
+
+def _polar(r, angle):
+    return torch.stack([r * angle.cos(), r * angle.sin()], dim=1)
+
+
+def _checkerboard(n, g):
+    cell = torch.randint(8, (n,), generator=g)
+    row = cell // 2
+    column = 2 * (cell % 2) + row % 2
+    return torch.stack([column, row], dim=1) - 2 + torch.rand(n, 2, generator=g), cell
+
+
+def _moons(n, g):
+    moon = torch.randint(2, (n,), generator=g)
+    x = _polar(1.2, math.pi * torch.rand(n, generator=g)) - torch.tensor([0.6, 0.3])
+    x = torch.where(moon[:, None] == 0, x, -x)
+    return x + 0.08 * torch.randn(n, 2, generator=g), moon
+
+
+def _eight_gaussians(n, g):
+    mode = torch.randint(8, (n,), generator=g)
+    return _polar(2.0, mode * math.pi / 4) + 0.15 * torch.randn(n, 2, generator=g), mode
+
+
+def _pinwheel(n, g):
+    arm = torch.randint(5, (n,), generator=g)
+    along, across = torch.tensor([[0.35], [0.12]]) * torch.randn(2, n, generator=g)
+    angle = arm * (2 * math.pi / 5) + 0.35 * along.exp()
+    x = _polar(1 + along, angle) + across[:, None] * _polar(1, angle + math.pi / 2)
+    return 1.3 * x, arm
+
+
+def _two_spirals(n, g):
+    arm = torch.randint(2, (n,), generator=g)
+    angle = 3 * math.pi * torch.rand(n, generator=g).sqrt()
+    x = _polar(angle / 4.5, angle + arm * math.pi)
+    return x + 0.05 * torch.randn(n, 2, generator=g), arm
+
+
+def _swiss_roll(n, g):
+    angle = 1.5 * math.pi * (1 + 2 * torch.rand(n, generator=g))
+    x = _polar(angle / 6.5, angle) + 0.06 * torch.randn(n, 2, generator=g)
+    return x, torch.zeros(n, dtype=torch.long)
+
+
+def _rings(n, g):
+    ring = torch.randint(4, (n,), generator=g)
+    radius = 0.5 * (ring + 1) + 0.04 * torch.randn(n, generator=g)
+    return _polar(radius, 2 * math.pi * torch.rand(n, generator=g)), ring
+
+
+DENSITIES = {  # all lie within [-3, 3]², with a standard deviation of about 1
+    "checkerboard": _checkerboard,
+    "moons": _moons,
+    "eight_gaussians": _eight_gaussians,
+    "pinwheel": _pinwheel,
+    "two_spirals": _two_spirals,
+    "swiss_roll": _swiss_roll,
+    "rings": _rings,
+}
+ENTROPIES = {
+    "checkerboard": math.log(8),  # uniform on eight unit squares
+    "eight_gaussians": math.log(8) + math.log(2 * math.pi * math.e * 0.15**2),  # ten sigmas apart
+}
+
+# Glyphs: to write a digit is to pick one of the ways people write it, jitter and warp its control
+# points, join them by a spline, slant the curve, frame it as MNIST does, draw it with a random nib.
+# Five ways for each of 0, 1, ... 9. A point "xy" lies on a grid from 00 (top left) to 99 (bottom
+# right); a point given twice is a corner; a comma lifts the pen.
+WAYS = """
+60 30 12 16 29 69 87 83 70 40 | 40 13 16 39 69 86 83 60 31 | 80 40 02 07 39 79 97 82 60 33 |
+50 30 13 16 39 69 86 83 60 40 34 | 81 40 11 05 18 59 98 94 71 30 |
+50 53 56 59 | 50 54 59 | 42 60 60 63 66 69 | 43 52 60 60 63 66 69 | 33 51 60 60 63 66 69, 39 69 99 |
+12 20 60 82 74 46 19 19 49 89 | 12 30 70 73 56 38 19 07 16 37 69 98 | 20 60 72 28 09 36 58 99 |
+13 30 70 63 37 19 19 49 89 | 10 40 80 83 56 29 09 18 47 79 98 |
+11 40 71 73 44 44 64 87 79 39 17 | 10 40 80 80 44 44 74 87 69 28 | 11 60 73 54 34 54 77 59 18 |
+01 30 80 73 45 36 45 75 88 59 18 | 20 50 81 63 44 54 86 69 39 18 |
+20 13 15 15 45 85, 70 72 65 67 69 | 70 43 06 06 36 66 96, 70 73 76 79 | 20 14 35 64 84, 80 74 59 |
+10 12 15 15 55 95, 80 83 86 89 | 51 34 15 26 65 82 80 80 74 67 59 |
+30 23 24 24 54 76 78 59 18, 30 50 80 | 80 50 30 30 24 24 64 86 79 49 18 |
+80 40 21 33 65 77 59 18 | 30 24 24 53 75 78 49 18, 30 60 90 | 40 24 24 63 76 68 39 08, 41 70 90 |
+70 42 14 17 39 69 77 65 45 17 | 50 23 16 29 69 87 75 35 17 | 80 50 23 15 18 49 78 76 55 36 28 |
+60 43 26 29 59 67 55 37 | 70 22 15 18 59 88 85 54 26 38 |
+11 40 80 80 63 56 49 | 12 10 10 40 80 80 62 55 39 | 10 40 80 80 63 56 49, 25 45 85 |
+12 31 61 81 63 46 29 | 11 30 60 82 75 68 59 |
+81 50 21 33 55 77 69 39 17 35 63 81 50 | 71 40 12 23 65 78 59 28 16 44 72 70 50 |
+90 50 22 34 66 68 49 27 36 63 90 | 50 21 13 54 83 71 40, 54 15 18 59 88 85 44 |
+80 60 21 23 55 77 69 29 17 44 82 80 |
+72 60 30 13 25 45 73 71 71 74 67 69 | 71 40 12 14 35 65 72 71 71 75 78 59 29 17 |
+70 30 13 35 74 70 70 65 59 | 81 50 21 13 35 64 81 73 56 39 | 60 22 14 35 63 70 60 81 75 58 39
+"""
+SAMPLES = 80  # along the path of the pen
+
+
+def _splines():
+    """Of all V ways: control points (V, K, 2), spline (V, P, K), which steps draw (V, P-1, 1)."""
+    ways = [[stroke.split() for stroke in way.split(",")] for way in WAYS.split("|")]
+    most = max(sum(map(len, way)) for way in ways)
+    points = torch.zeros(len(ways), most, 2)
+    spline = torch.zeros(len(ways), SAMPLES, most)
+    drawn = torch.zeros(len(ways), SAMPLES - 1, 1)
+    for v, way in enumerate(ways):
+        stroke = torch.tensor([i for i, stroke in enumerate(way) for _ in stroke])
+        k = len(stroke)
+        time = torch.linspace(-0.499, k - 0.501, SAMPLES)[:, None]
+        now = stroke[time.round().long()]
+        gap = (time - torch.arange(k)).abs()
+        bump = torch.where(gap < 0.5, 0.75 - gap**2, (1.5 - gap).clamp(min=0) ** 2 / 2)
+        bump *= now == stroke  # strokes do not mix; each runs from its first point to its last
+        points[v, :k] = torch.tensor([[float(x), float(y)] for stroke in way for x, y in stroke])
+        spline[v, :, :k] = bump / bump.sum(1, keepdim=True)
+        drawn[v] = now[1:] == now[:-1]
+    return points, spline, drawn
+
+
+def _write(points, spline, drawn, rng):
+    """Draw each of a batch of ways, no two alike: uint8 (B, 28, 28)."""
+
+    def noise(*shape):
+        return torch.randn(len(points), *shape, generator=rng)
+
+    haste = (0.4 * noise(1, 1)).exp()  # some write neatly, some do not
+    p = points - 4.5 + 0.28 * haste * noise(*points.shape[1:])
+    p = p + 0.5 * haste * noise(1, 2) * torch.sin(0.5 * p.flip(2) + 3 * noise(1, 2))
+    slant = torch.tensor([[0.85, 0], [-0.15, 1]])
+    p = spline @ p @ (slant + torch.tensor([[0.16, 0.07], [0.22, 0.1]]) * noise(2, 2))
+    p = p * (17.5 + 0.7 * noise(1, 1)) / (p.amax(1) - p.amin(1)).amax(1)[:, None, None]
+    length = p.diff(dim=1).norm(dim=2, keepdim=True) * drawn
+    p = (p[:, 1:] + p[:, :-1]) / 2
+    centre = (p * length).sum(1, keepdim=True) / length.sum(1, keepdim=True)
+    p = p - centre + 13.5 + 0.5 * noise(1, 2)
+    # Each step leaves a Gaussian blob, a product of x and y: their sum is one matrix product.
+    nib = (0.18 * noise(1, 1)).exp()
+    gap = (torch.arange(28) - p[..., None]) / nib[..., None]
+    x, y = (gap.square().clamp(max=40) / -2).exp().unbind(2)
+    ink = (y * length / (nib * math.sqrt(2 * math.pi))).mT @ x  # 1 in the middle of a line
+    return (255 * (2 * ink - 0.4).clamp(0, 1)).byte()
+
+
+def glyphs(n, seed=0):
+    """n handwriting-like digits: uint8 (n, 1, 28, 28), 0 = paper, 255 = ink; labels int64 (n,)."""
+    rng = torch.Generator().manual_seed(seed)
+    labels = torch.randperm(n, generator=rng) % 10
+    ways = 5 * labels + torch.randint(5, (n,), generator=rng)
+    tables = _splines()
+    images = [_write(*(table[way] for table in tables), rng) for way in ways.split(500)]
+    return torch.cat(images)[:, None], labels
+
+
+def _torchvision_splits(name, root):
+    """mnist, fashion_mnist or cifar10 from `root`, downloaded if missing."""
+    sets = torchvision.datasets
+    kind = {"mnist": sets.MNIST, "fashion_mnist": sets.FashionMNIST, "cifar10": sets.CIFAR10}[name]
+    try:
+        with redirect_stdout(sys.stderr):
+            splits = [kind(str(root), train=train, download=True) for train in (True, False)]
+    except Exception as error:
+        damaged = _damaged_file(kind, root)
+        cause = f"{damaged} is damaged, remove it" if damaged else f"no download ({error})"
+        ways = "--data-dir DIR that holds torchvision's files, or the embedded glyphs, checkerboard"
+        raise UserError(f"{name} is not to be had in {root}: {cause}; or use {ways}") from None
+    x = [torch.as_tensor(split.data) for split in splits]
+    x = [x.permute(0, 3, 1, 2).contiguous() if x.ndim == 4 else x[:, None] for x in x]
+    return [(x, torch.as_tensor(split.targets)) for x, split in zip(x, splits, strict=True)]
+
+
+def _damaged_file(kind, root):
+    """The first of torchvision's files that exists, but is not what it should be; or None."""
+    if kind is torchvision.datasets.CIFAR10:
+        for name, md5 in kind.train_list + kind.test_list:
+            path = root / kind.base_folder / name
+            if path.exists() and not torchvision.datasets.utils.check_integrity(path, md5):
+                return path
+    else:
+        for (name, _), size in zip(kind.resources, (47_040_016, 60_008, 7_840_016, 10_008)):
+            path = root / kind.__name__ / "raw" / Path(name).stem
+            if path.exists() and path.stat().st_size != size:
+                return path
+    return None
+
+
+def _folder_splits(root, size):
+    """Every image below `root`, centre-cropped to size × size; every tenth one is held out."""
+    suffixes = Image.registered_extensions()
+    paths = sorted(p for p in root.rglob("*") if p.suffix.lower() in suffixes and p.is_file())
+    if len(paths) < 2:
+        raise UserError(
+            f"{root} holds {len(paths)} images, and two is the least: is it the folder?"
+        )
+    classes = sorted({path.relative_to(root).parts[0] for path in paths if path.parent != root})
+    x = np.empty((len(paths), size, size, 3), dtype=np.uint8)
+    y = torch.zeros(len(paths), dtype=torch.long)
+    for i, path in enumerate(tqdm(paths, "decoding", disable=rank() > 0, leave=False)):
+        try:
+            with Image.open(path) as image:
+                x[i] = ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.LANCZOS)
+        except Exception as error:
+            raise UserError(f"cannot read the image {path}: {error}; mend or remove it") from None
+        if path.parent != root:
+            y[i] = classes.index(path.relative_to(root).parts[0])
+    x = torch.from_numpy(x).permute(0, 3, 1, 2).contiguous()
+    held_out = torch.arange(len(paths)) % 10 == 0
+    return [(x[~held_out], y[~held_out]), (x[held_out], y[held_out])]
+
+
+# ---- Networks -----------------------------------------------------------------------------------
+
+
+def bcast(t, x):
+    """t of shape (B,) -> (B, 1, ..., 1), to multiply x of shape (B, ...)."""
+    return t.reshape(t.shape + (1,) * (x.ndim - t.ndim))
+
+
+def time_embedding(t, dim):
+    """Sinusoids of 1000 t, (B,) -> (B, dim): periods from 2 pi / 1000 to 20 pi, so t in [0, 1]."""
+    half = dim // 2
+    steps = torch.arange(half, device=t.device, dtype=t.dtype) / half
+    angle = t[:, None] * (1000 * torch.exp(-math.log(10_000) * steps))
+    return torch.cat([angle.cos(), angle.sin()], dim=1)
+
+
+class MLP(nn.Module):
+    """Residual network on vectors: f(x, t, y=None), x (B, D), t (B,), y int64 (B,) -> (B, out_dim).
+
+    Random Fourier features of x let so small a network resolve the sharp edges of a density.
+    """
+
+    def __init__(self, dim, out_dim=None, width=128, blocks=2, features=64, num_classes=0):
+        super().__init__()
+        self.register_buffer("frequencies", math.pi * torch.randn(dim, features))
+        self.input = nn.Linear(dim + 2 * features, width)
+        self.time = nn.Linear(32, width)
+        self.label = nn.Embedding(num_classes, width) if num_classes else None
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.SiLU(), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
+            for _ in range(blocks)
+        )
+        self.output = nn.Sequential(nn.SiLU(), nn.Linear(width, out_dim or dim))
+
+    def forward(self, x, t, y=None):
+        angle = x @ self.frequencies
+        h = self.input(torch.cat([x, angle.cos(), angle.sin()], dim=1))
+        angle = t[:, None] * (math.pi * torch.arange(1, 17, dtype=t.dtype, device=t.device))
+        h = h + self.time(torch.cat([angle.cos(), angle.sin()], dim=1))
+        if y is not None:
+            h = h + self.label(y)
+        for block in self.blocks:
+            h = h + block(h)
+        return self.output(h)
+
+
+class UNet(nn.Module):
+    """The U-Net of Dhariwal & Nichol (2021): f(x, t, y=None), x (B, in, H, W) -> (B, out, H, W).
+
+    Args:
+        channels, mult, blocks: level i has channels * mult[i] channels and `blocks` residual blocks;
+            each level halves the resolution of the one before.
+        attention: the resolutions (sides in pixels, of images with side `size`) that get attention.
+        patch: the network works on patch x patch pixels folded into channels: faster, coarser.
+    """
+
+    def __init__(
+        self,
+        in_channels,
+        out_channels=None,
+        size=32,
+        channels=128,
+        mult=(1, 2, 2, 2),
+        blocks=2,
+        attention=(16,),
+        head_channels=64,
+        dropout=0.0,
+        num_classes=0,
+        patch=1,
+    ):
+        super().__init__()
+        self.channels, self.patch = channels, patch
+        emb = 4 * channels
+        self.time = nn.Sequential(nn.Linear(channels, emb), nn.SiLU(), nn.Linear(emb, emb))
+        self.label = nn.Embedding(num_classes, emb) if num_classes else None
+        self.stem = nn.Conv2d(in_channels * patch**2, channels, 3, padding=1)
+        self.down, self.up = nn.ModuleList(), nn.ModuleList()
+        side, width, widths = math.ceil(size / patch), channels, [channels]
+
+        def stage(c_in, c_out):
+            heads = max(1, c_out // head_channels) if side in attention else 0
+            return Stage(c_in, c_out, emb, dropout, heads)
+
+        for level, m in enumerate(mult):
+            if level:
+                self.down.append(Downsample(width))
+                side = math.ceil(side / 2)
+                widths.append(width)
+            for _ in range(blocks):
+                self.down.append(stage(width, channels * m))
+                width = channels * m
+                widths.append(width)
+        self.middle = nn.ModuleList(
+            [Stage(width, width, emb, dropout, max(1, width // head_channels)), stage(width, width)]
+        )
+        for level, m in reversed(list(enumerate(mult))):
+            for _ in range(blocks + 1):
+                self.up.append(stage(width + widths.pop(), channels * m))
+                width = channels * m
+            if level:
+                self.up.append(Upsample(width))
+                side = math.ceil(size / patch / 2 ** (level - 1))
+        out = zeroed(nn.Conv2d(width, (out_channels or in_channels) * patch**2, 3, padding=1))
+        self.output = nn.Sequential(group_norm(width), nn.SiLU(), out)
+
+    def forward(self, x, t, y=None):
+        emb = self.time(time_embedding(t, self.channels))
+        if y is not None:
+            emb = emb + self.label(y)
+        emb = F.silu(emb)  # (B, 4 channels)
+        h = self.stem(F.pixel_unshuffle(x, self.patch))
+        skips = [h]
+        for layer in self.down:
+            h = layer(h, emb)
+            skips.append(h)
+        for layer in self.middle:
+            h = layer(h, emb)
+        for layer in self.up:
+            if isinstance(layer, Upsample):
+                h = layer(h, skips[-1].shape[-2:])
+            else:
+                h = layer(torch.cat([h, skips.pop()], dim=1), emb)
+        return F.pixel_shuffle(self.output(h), self.patch)
+
+
+def group_norm(channels):
+    return nn.GroupNorm(math.gcd(32, channels), channels)
+
+
+def zeroed(layer):
+    """The layer with zero weights: a residual branch that starts as nothing."""
+    for p in layer.parameters():
+        nn.init.zeros_(p)
+    return layer
+
+
+class Stage(nn.Module):
+    """A residual block, scaled and shifted by the embedding, and self-attention if heads > 0."""
+
+    def __init__(self, c_in, c_out, emb, dropout, heads):
+        super().__init__()
+        self.norm_1 = group_norm(c_in)
+        self.conv_1 = nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.emb = nn.Linear(emb, 2 * c_out)
+        self.norm_2 = group_norm(c_out)
+        self.dropout = nn.Dropout(dropout)
+        self.conv_2 = zeroed(nn.Conv2d(c_out, c_out, 3, padding=1))
+        self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
+        self.attention = Attention(c_out, heads) if heads else nn.Identity()
+
+    def forward(self, x, emb):
+        h = self.conv_1(F.silu(self.norm_1(x)))
+        scale, shift = self.emb(emb)[:, :, None, None].chunk(2, dim=1)
+        h = torch.addcmul(shift, self.norm_2(h), 1 + scale)
+        h = self.conv_2(self.dropout(F.silu(h)))
+        return self.attention(self.skip(x) + h)
+
+
+class Attention(nn.Module):
+    """Residual self-attention over the pixels, (B, C, H, W) -> (B, C, H, W)."""
+
+    def __init__(self, channels, heads):
+        super().__init__()
+        self.heads = heads
+        self.norm = group_norm(channels)
+        self.qkv = nn.Linear(channels, 3 * channels)
+        self.output = zeroed(nn.Linear(channels, channels))
+
+    def forward(self, x):
+        b, c, height, width = x.shape
+        h = self.norm(x).flatten(2).transpose(1, 2)  # (B, HW, C)
+        q, k, v = self.qkv(h).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        h = F.scaled_dot_product_attention(q, k, v)  # (B, heads, HW, C / heads)
+        h = self.output(h.transpose(1, 2).flatten(2))
+        return x + h.transpose(1, 2).unflatten(2, (height, width))
+
+
+class Downsample(nn.Module):
+    def __init__(self, channels):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
+
+    def forward(self, x, emb):
+        return self.conv(x)
+
+
+class Upsample(nn.Module):
+    def __init__(self, channels):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x, size):
+        return self.conv(F.interpolate(x, size=size, mode="nearest"))
+
+
+# ---- ODE stepping -------------------------------------------------------------------------------
+
+
+class SolverError(UserError):
+    """The solver cannot go on: non-finite values, an underflow of the step, too many steps."""
+
+
+TABLEAUX = {  # Butcher's: nodes c, rows a, weights b
+    "euler": ([0], [[]], [1]),
+    "midpoint": ([0, 1 / 2], [[], [1 / 2]], [0, 1]),
+    "heun": ([0, 1], [[], [1]], [1 / 2, 1 / 2]),
+    "rk4": (
+        [0, 1 / 2, 1 / 2, 1],
+        [[], [1 / 2], [0, 1 / 2], [0, 0, 1]],
+        [1 / 6, 1 / 3, 1 / 3, 1 / 6],
+    ),
+    "dopri5": (  # Dormand & Prince (1980); Hairer, Nørsett & Wanner, Table II.5.2
+        [0, 1 / 5, 3 / 10, 4 / 5, 8 / 9, 1],
+        [
+            [],
+            [1 / 5],
+            [3 / 40, 9 / 40],
+            [44 / 45, -56 / 15, 32 / 9],
+            [19372 / 6561, -25360 / 2187, 64448 / 6561, -212 / 729],
+            [9017 / 3168, -355 / 33, 46732 / 5247, 49 / 176, -5103 / 18656],
+        ],
+        [35 / 384, 0, 500 / 1113, 125 / 192, -2187 / 6784, 11 / 84],
+    ),
+}
+DOPRI5_ERROR = [71 / 57600, 0, -71 / 16695, 71 / 1920, -17253 / 339200, 22 / 525, -1 / 40]
+DOPRI5_DENSE = [  # Hairer, Nørsett & Wanner, II.6: the last coefficient of the interpolant
+    -12715105075 / 11282082432,
+    0,
+    87487479700 / 32700410799,
+    -10690763975 / 1880347072,
+    701980252875 / 199316789632,
+    -1453857185 / 822651844,
+    69997945 / 29380423,
+]
+
+
+def odeint(f, x, t, method="dopri5", *, steps=None, rtol=1e-5, atol=1e-5, max_steps=100_000):
+    """Solve dx/dt = f(x, t) from x at t[0], forwards or backwards in time.
+
+    Args:
+        f: field; gets the state and t of shape (B,), B = len(x); returns what the state is.
+        x: a tensor (B, ...) or a tuple of them. Half-precision states are carried in float32.
+        t: (t_0, t_1) as two numbers -> the state at t_1; a 1-D tensor of monotone times -> the
+            states at all of them, stacked (T, B, ...). Times are float64 constants.
+        method: "euler", "midpoint", "heun", "rk4" with `steps` equal steps between neighbouring
+            times; "dopri5": adaptive, local error below atol + rtol |x| in the root mean square
+            (of the tuple's worst component), 4th-order dense output between the steps.
+
+    Returns (solution, number of evaluations of f). Differentiable by backpropagation through x
+    and f's parameters. Raises SolverError.
+    """
+    is_tuple = isinstance(x, tuple)
+    times = [float(time) for time in t]
+    ascending = times[-1] > times[0]
+    if method not in TABLEAUX:
+        raise ValueError(f"unknown method {method!r}: one of {', '.join(TABLEAUX)}")
+    if any((b > a) != ascending or a == b for a, b in zip(times, times[1:], strict=False)):
+        raise ValueError(f"the times must rise or fall strictly, not {times}")
+    if (steps is None) != (method == "dopri5"):
+        raise ValueError("give steps for a fixed-step method, and none for dopri5")
+    evaluations = 0
+
+    def field(state, time):
+        nonlocal evaluations
+        evaluations += 1
+        when = state[0].new_full(state[0].shape[:1], time)
+        v = f(state, when) if is_tuple else (f(state[0], when),)
+        return tuple(v_i.to(x_i.dtype) for v_i, x_i in zip(v, state, strict=True))
+
+    start = x if is_tuple else (x,)
+    start = tuple(x_i.float() if x_i.dtype.itemsize < 4 else x_i for x_i in start)
+    if method == "dopri5":
+        states = _dopri5(field, start, times, rtol, atol, max_steps)
+    else:
+        states = _fixed_steps(field, start, times, TABLEAUX[method], steps)
+    if isinstance(t, Tensor):
+        solution = tuple(map(torch.stack, zip(*states, strict=True)))
+    else:
+        solution = states[-1]
+    return (solution if is_tuple else solution[0]), evaluations
+
+
+def evaluations_per_step(method):
+    return len(TABLEAUX[method][0])
+
+
+def _advance(x, h, weights, k):
+    """x + h sum_j weights_j k_j, for every component of the state."""
+    for weight, k_j in zip(weights, k, strict=True):
+        if weight:
+            x = tuple(
+                torch.add(x_i, k_i, alpha=h * weight) for x_i, k_i in zip(x, k_j, strict=True)
+            )
+    return x
+
+
+def _stages(field, x, t, h, tableau, k_1):
+    nodes, rows, _ = tableau
+    k = [k_1]
+    for node, row in zip(nodes[1:], rows[1:], strict=True):
+        k.append(field(_advance(x, h, row, k), t + node * h))
+    return k
+
+
+def _fixed_steps(field, x, times, tableau, steps):
+    states = [x]
+    for a, b in zip(times, times[1:], strict=False):
+        h = (b - a) / steps
+        for i in range(steps):
+            k = _stages(field, x, a + i * h, h, tableau, field(x, a + i * h))
+            x = _advance(x, h, tableau[2], k)
+        states.append(x)
+    if not all(x_i.is_meta or x_i.isfinite().all() for x_i in x):
+        raise SolverError("the solution is not finite: take more steps, or look at the field")
+    return states
+
+
+def _dopri5(field, x, times, rtol, atol, max_steps):
+    def size(v, x, x_new):  # the largest root mean square of the components, in tolerances
+        ratios = [
+            v_i / (atol + rtol * torch.maximum(x_i.abs(), n_i.abs()))
+            for v_i, x_i, n_i in zip(v, x, x_new, strict=True)
+        ]
+        with torch.no_grad():
+            return torch.stack([r.square().mean().sqrt() for r in ratios]).max().item()
+
+    nodes, rows, weights = TABLEAUX["dopri5"]
+    t, end = times[0], times[-1]
+    states, waiting = [x], times[1:]
+    k_1 = field(x, t)
+    h = _first_step(field, x, k_1, t, end, size)
+    before = 1e-4  # the last accepted step's error
+    after_rejection = False
+    for _ in range(max_steps):
+        if abs(end - t) <= 1.01 * abs(h):
+            h = end - t
+        if t + h == t:
+            cause = (
+                "small" if math.isfinite(error) else "small: the field returns non-finite values"
+            )
+            raise SolverError(f"at t = {t:.6g} the step of dopri5 became too {cause}")
+        k = _stages(field, x, t, h, TABLEAUX["dopri5"], k_1)
+        x_new = _advance(x, h, weights, k)
+        k.append(field(x_new, t + h))
+        zero = tuple(map(torch.zeros_like, x))
+        error = size(_advance(zero, h, DOPRI5_ERROR, k), x, x_new)
+        if not error <= 1:  # rejected; also where the error is NaN
+            h *= max(0.2, 0.9 * error**-0.2) if math.isfinite(error) else 0.2
+            after_rejection = True
+            continue
+        while waiting and abs(waiting[0] - t) <= abs(h):
+            states.append(_dense(x, x_new, k, h, (waiting.pop(0) - t) / h))
+        x, k_1, t = x_new, k[-1], t + h
+        if not waiting:
+            return states
+        # Gustafsson's PI controller; Hairer, Nørsett & Wanner, IV.2
+        factor = 0.9 * max(error, 1e-10) ** -0.17 * before**0.04
+        h *= min(1.0 if after_rejection else 10.0, max(0.2, factor))
+        before, after_rejection = max(error, 1e-4), False
+    raise SolverError(
+        f"dopri5 took {max_steps} steps and stands at t = {t:.6g}: loosen rtol and atol"
+    )
+
+
+def _first_step(field, x, k_1, t, end, size):
+    """Hairer, Nørsett & Wanner, II.4: a first step from the sizes of x, x' and x''."""
+    d_0, d_1 = size(x, x, x), size(k_1, x, x)
+    if not (math.isfinite(d_0) and math.isfinite(d_1)):
+        raise SolverError(f"the state or the field is not finite at the start, t = {t:.6g}")
+    sign = 1 if end > t else -1
+    h_0 = 1e-6 if min(d_0, d_1) < 1e-5 else 0.01 * d_0 / d_1
+    h_0 = min(h_0, abs(end - t))
+    x_1 = _advance(x, sign * h_0, [1], [k_1])
+    k_2 = field(x_1, t + sign * h_0)
+    d_2 = size(tuple(b - a for a, b in zip(k_1, k_2, strict=True)), x, x) / h_0
+    h_1 = max(1e-6, h_0 * 1e-3) if max(d_1, d_2) <= 1e-15 else (0.01 / max(d_1, d_2)) ** 0.2
+    return sign * min(100 * h_0, h_1, abs(end - t))
+
+
+def _dense(x, x_new, k, h, theta):
+    """The state a fraction theta of the way through an accepted step; x_new itself at theta = 1."""
+    if theta == 1:
+        return x_new
+    states = []
+    for i, (a, b) in enumerate(zip(x, x_new, strict=True)):
+        rise = b - a
+        bend = h * k[0][i] - rise
+        last = h * sum(d * k_j[i] for d, k_j in zip(DOPRI5_DENSE, k, strict=True) if d)
+        third = bend + (rise - h * k[-1][i] - bend) * theta + last * (theta * (1 - theta))
+        states.append(a + theta * (rise + (1 - theta) * third))
+    return tuple(states)
+
+
+def hutchinson_probe(x, kind="rademacher"):
+    """z like x with E[z zᵀ] = I: random signs (least variance) or a standard Gaussian."""
+    return torch.randn_like(x) if kind == "gaussian" else torch.randn_like(x).sign()
+
+
+def divergence(f, x, t, z=None, forward=False):
+    """(v, div v) of v = f(x, t): (B, ...) and (B,). Row b of v may depend on row b of x alone.
+
+    Exact without a probe, by one derivative per dimension; with a probe z like x Hutchinson's
+    estimate zᵀ (dv/dx) z by one. Reverse mode by default; forward=True takes forward mode, which
+    needs less memory, but not every operation has it. Differentiable where gradients are enabled.
+    """
+    if forward:
+        if z is not None:
+            v, jvp = torch.func.jvp(lambda x: f(x, t), (x,), (z,))
+            return v, (jvp * z).flatten(1).sum(1)
+        basis = torch.eye(x[0].numel(), dtype=x.dtype, device=x.device)
+        columns = [
+            torch.func.jvp(lambda x: f(x, t), (x,), (e.view_as(x[0]).expand_as(x),)) for e in basis
+        ]
+        return columns[0][0], sum(column.flatten(1)[:, i] for i, (_, column) in enumerate(columns))
+    create_graph = torch.is_grad_enabled()
+    with torch.enable_grad():
+        x = x if x.requires_grad else x.detach().requires_grad_()
+        v = f(x, t)
+        if z is not None:
+            (vjp,) = torch.autograd.grad(v, x, z, create_graph=create_graph)
+            div = (vjp * z).flatten(1).sum(1)
+        else:
+            div = 0
+            for i in range(x[0].numel()):
+                rest = create_graph or i + 1 < x[0].numel()
+                v_i = v.flatten(1)[:, i].sum()
+                (row,) = torch.autograd.grad(v_i, x, retain_graph=rest, create_graph=create_graph)
+                div = div + row.flatten(1)[:, i]
+    return (v, div) if create_graph else (v.detach(), div.detach())
+
+
+def log_likelihood(f, x, log_prior, t=(1.0, 0.0), *, z=None, **solver):
+    """log p(x) of the flow dx/dt = f(x, t) that carries the prior at t[1] to x at t[0].
+
+    log p(x) = log prior(x at t[1]) + the integral of div f from t[0] to t[1]  (Chen et al. 2018).
+    z: None for the exact divergence, else a probe, held fixed over the solve. `solver`: odeint's
+    keywords. Returns (log p in nats, (B,); the state at t[1]; number of evaluations).
+    """
+
+    def augmented(state, time):
+        return divergence(f, state[0], time, z)
+
+    (x_0, integral), evaluations = odeint(augmented, (x, x.new_zeros(len(x))), t, **solver)
+    return log_prior(x_0) + integral, x_0, evaluations
+
+
+def standard_normal_log_prob(x):
+    """log N(x; 0, I) in nats, (B, ...) -> (B,)."""
+    return -0.5 * (x.square() + math.log(2 * math.pi)).flatten(1).sum(1)
+
+
+def bits_per_dim(log_p, dims):
+    """Nats of a density over [-1, 1]^dims -> bits per dimension of 8-bit data (bins of 1/128)."""
+    return -log_p / (dims * math.log(2)) + 7
+
+
+def energy_distance(x, y):
+    """Unbiased estimate of 2 E|X - Y| - E|X - X'| - E|Y - Y'| from (N, D) and (M, D) points."""
+    n, m = len(x), len(y)
+    within = torch.cdist(x, x).sum() / (n * (n - 1)) + torch.cdist(y, y).sum() / (m * (m - 1))
+    return (2 * torch.cdist(x, y).mean() - within).item()
+
+
+# ---- The run around a training loop --------------------------------------------------------------
+
+LOG_EVERY = 50  # steps between lines of metrics.jsonl; the loss is read from the device only then
+SAVE_EVERY = 600  # seconds
+
+
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def setup(cfg):
+    """Seed, choose the device, join torchrun's process group if there is one. Returns the device."""
+    name = cfg.device
+    if name == "auto":
+        mps = torch.backends.mps.is_available()
+        name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
+        if name == "cuda":
+            name = f"cuda:{os.environ['LOCAL_RANK']}"
+        dist.init_process_group("nccl" if name.startswith("cuda") else "gloo")
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError):
+        raise UserError(f"--device {name} is not to be had here: use auto or cpu") from None
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    torch.set_float32_matmul_precision("high")  # TF32 where there is any
+    torch.manual_seed(cfg.seed + rank())  # each process its own stream of data and noise
+    return device
+
+
+class Run:
+    """What stands around a training loop, so that the loop reads like the paper's algorithm:
+
+        run = Run(cfg, network, device)
+        for x, y in run.batches(data):
+            run.step(loss(run.model, x))    # backward, clip, warm-up, Adam, EMA, log, checkpoint
+
+    It writes config.json, metrics.jsonl and checkpoint.pt to cfg.out. A run that was killed at any
+    moment and resumed ends with the same weights, bit for bit (on one device and thread count).
+
+    Attributes: `net` the network; `ema` its moving average, to sample from; `done` steps; `folder`.
+    """
+
+    def __init__(self, cfg, net, device):
+        self.cfg, self.net, self.device = cfg, net.to(device), device
+        self.folder = Path(cfg.out)
+        if cfg.batch_size % world_size():
+            raise UserError(
+                f"--batch-size {cfg.batch_size} does not divide by {world_size()} processes"
+            )
+        self._forward = torch.compile(net) if cfg.compile else net
+        if world_size() > 1:
+            self._forward = nn.parallel.DistributedDataParallel(self._forward)
+        self.ema = copy.deepcopy(net).eval().requires_grad_(False)
+        self.optimizer = torch.optim.Adam(net.parameters(), lr=cfg.lr, fused=True)
+        self.done, self._losses, self._stop = 0, [], False
+        self._parameters = list(net.parameters())
+        self._ema_parameters = list(self.ema.parameters())
+        if cfg.resume or cfg.sample:
+            self._load(cfg.sample or self.folder / "checkpoint.pt")
+        self._open_folder()
+
+    def model(self, *inputs):
+        """The network in training: compiled, distributed, under autocast; the result is float32."""
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.cfg.amp):
+            return self._forward(*inputs).float()
+
+    def batches(self, data):
+        """Batches (x, y) up to step cfg.steps. SIGINT or SIGTERM saves a checkpoint and exits."""
+        self.net.train()
+        started_at = self.done
+        self._saved_at = self._logged_at = time.monotonic()
+        signals = (signal.SIGINT, signal.SIGTERM)
+        old_handlers = {number: signal.signal(number, self._on_signal) for number in signals}
+        to_file = 0.1 if sys.stderr.isatty() else 30  # seconds between refreshes
+        self.bar = tqdm(
+            total=self.cfg.steps, initial=self.done, disable=rank() > 0, mininterval=to_file
+        )
+        try:
+            while self.done < self.cfg.steps:
+                yield data.batch(self.cfg.batch_size // world_size())
+            if self.done > started_at or not (self.folder / "checkpoint.pt").exists():
+                self.save()
+        finally:
+            self.bar.close()
+            for number, handler in old_handlers.items():
+                signal.signal(number, handler)
+
+    def step(self, loss):
+        """One optimisation step on a scalar loss; raises UserError when the loss is not finite."""
+        cfg = self.cfg
+        self.optimizer.zero_grad()
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(self._parameters, cfg.clip or math.inf)
+        for group in self.optimizer.param_groups:
+            group["lr"] = cfg.lr * self._schedule()
+        self.optimizer.step()
+        self.done += 1
+        decay = min(cfg.ema or 0.0, (1 + self.done) / (10 + self.done))
+        with torch.no_grad():
+            torch._foreach_lerp_(self._ema_parameters, self._parameters, 1 - decay)
+        self._losses.append(loss.detach())
+        self.bar.update()
+        if self.done % LOG_EVERY == 0 or self.done == cfg.steps:
+            self._log(norm)
+        save, stop = self._agree(time.monotonic() - self._saved_at > SAVE_EVERY, self._stop)
+        if save or stop or (cfg.checkpoint_every and self.done % cfg.checkpoint_every == 0):
+            self.save()
+        if stop:
+            self.bar.close()
+            self.say(f"stopped at step {self.done}; --resume --out {self.folder} goes on")
+            raise SystemExit(130)
+
+    def _schedule(self):
+        """Linear warm-up from 0 to 1, then constant, linear or cosine decay to 0 at the last step."""
+        cfg, n = self.cfg, self.done
+        if n < cfg.warmup:
+            return (n + 1) / cfg.warmup
+        progress = (n - cfg.warmup) / max(1, cfg.steps - cfg.warmup)
+        falling = {"linear": 1 - progress, "cosine": (1 + math.cos(math.pi * progress)) / 2}
+        return falling.get(cfg.decay, 1.0)
+
+    def _agree(self, *flags):
+        """A distributed run decides together, when it logs: any process's flag counts for all."""
+        if world_size() == 1:
+            return flags
+        if self.done % LOG_EVERY:
+            return [False] * len(flags)
+        votes = torch.tensor(flags, dtype=torch.int32, device=self.device)
+        dist.all_reduce(votes, dist.ReduceOp.MAX)
+        return votes.tolist()
+
+    def _log(self, norm=None):
+        if not self._losses:
+            return
+        losses = torch.stack(self._losses).tolist()
+        first = self.done - len(losses) + 1
+        self._losses = []
+        for step, loss in enumerate(losses, first):
+            if not math.isfinite(loss):
+                kept = self.folder / "checkpoint.pt"
+                kept = f"{kept} is the last good one" if kept.exists() else "nothing was saved"
+                raise UserError(f"the loss is {loss} at step {step}; {kept}; try a smaller --lr")
+        now = time.monotonic()
+        mean, rate = sum(losses) / len(losses), len(losses) / (now - self._logged_at)
+        self._logged_at = now
+        self.bar.set_postfix(loss=f"{mean:.4f}", refresh=False)
+        if norm is not None:
+            lr = self.optimizer.param_groups[0]["lr"]
+            self._write(
+                step=self.done, loss=mean, lr=lr, grad_norm=norm.item(), steps_per_second=rate
+            )
+
+    def report(self, split, **figures):
+        """Print evaluation figures and add them to metrics.jsonl."""
+        self._write(split=split, step=self.done, **figures)
+        shown = (f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in figures.items())
+        self.say(f"{split}: {', '.join(shown)}")
+
+    def say(self, text):
+        if rank() == 0:
+            print(text, flush=True)
+
+    def _write(self, **record):
+        if rank() == 0:
+            with open(self.folder / "metrics.jsonl", "a") as file:
+                file.write(json.dumps(record) + "\n")
+
+    def _on_signal(self, number, frame):
+        """The first signal asks for a checkpoint after this step, the next one ends at once."""
+        self._stop = True
+        signal.signal(number, signal.SIG_DFL)
+
+    def save(self):
+        """Write the checkpoint beside the old one, then put it in its place: never half a file."""
+        self._log()
+        if not all(p.isfinite().all() for p in self._parameters):
+            raise UserError(f"the weights are not finite at step {self.done}; try a smaller --lr")
+        rng = {"cpu": torch.get_rng_state()}
+        if self.device.type in ("cuda", "mps"):
+            rng["device"] = getattr(torch, self.device.type).get_rng_state()
+        every_rng = [rng]
+        if world_size() > 1:
+            every_rng = [None] * world_size()
+            dist.all_gather_object(every_rng, rng)
+        self._saved_at = time.monotonic()
+        if rank() > 0:
+            return
+        state = {
+            "script": self.cfg.script,
+            "step": self.done,
+            "config": dataclasses.asdict(self.cfg),
+            "model": self.net.state_dict(),
+            "ema": self.ema.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "rng": every_rng,
+        }
+        temporary = self.folder / "checkpoint.tmp"
+        with open(temporary, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, self.folder / "checkpoint.pt")
+
+    def _load(self, path):
+        state = load_checkpoint(path, self.cfg.script, self.device)
+        try:
+            self.net.load_state_dict(state["model"])
+            self.ema.load_state_dict(state["ema"])
+        except RuntimeError:
+            raise UserError(f"{path} does not fit: was it trained with another network?") from None
+        self.done = state["step"]
+        if self.cfg.sample:
+            return
+        self.optimizer.load_state_dict(state["optimizer"])
+        if len(state["rng"]) == world_size():  # else a new stream of noise
+            rng = state["rng"][rank()]
+            torch.set_rng_state(rng["cpu"].cpu())
+            if "device" in rng and self.device.type in ("cuda", "mps"):
+                getattr(torch, self.device.type).set_rng_state(rng["device"].cpu())
+
+    def _open_folder(self):
+        """Make the folder, write config.json, and drop metrics past the step that we go on from."""
+        if rank() > 0:
+            return
+        versions = {"python": platform.python_version(), "torch": torch.__version__}
+        about = {"script": self.cfg.script, **dataclasses.asdict(self.cfg), **versions}
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            metrics = self.folder / "metrics.jsonl"
+            lines = metrics.read_text().splitlines(True) if metrics.exists() else []
+            goes_on = self.cfg.resume and "split"
+            kept = [line for line in lines if goes_on and json.loads(line)["step"] <= self.done]
+            metrics.write_text("".join(kept))
+            about["device"] = f"{self.device} ({platform.processor() or platform.machine()})"
+            (self.folder / "config.json").write_text(json.dumps(about, indent=2) + "\n")
+        except OSError as error:
+            raise UserError(
+                f"cannot write to {self.folder}: {error.strerror}; choose --out"
+            ) from None
+
+    def finish(self):
+        """Leave the process group. True where the evaluation goes on: in process 0."""
+        first = rank() == 0
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        return first
+
+
+# ---- Pictures -----------------------------------------------------------------------------------
+
+
+def save_images(path, x, columns=8):
+    """A grid of images in [-1, 1], (B, C, H, W), small ones enlarged."""
+    scale = max(1, 640 // (columns * x.shape[-1]))
+    grid = torchvision.utils.make_grid(to_uint8(x.cpu()), nrow=columns, padding=1, pad_value=64)
+    grid = grid.repeat_interleave(scale, 1).repeat_interleave(scale, 2)
+    torchvision.io.write_png(grid, str(path))
+
+
+def heat_image(values, size=256):
+    """A map of values >= 0, (S, S), first axis x to the right, second y upwards -> (3, size, size)."""
+    anchors = torch.tensor(
+        [[8, 8, 32], [68, 15, 110], [170, 40, 110], [240, 110, 50], [255, 245, 170]]
+    )
+    top = values.flatten().kthvalue(int(0.995 * values.numel())).values.clamp(min=1e-12)
+    level = (values / top).clamp(0, 1).T.flip(0) * (len(anchors) - 1)
+    low = level.floor().clamp(max=len(anchors) - 2)
+    part = (level - low)[..., None]
+    rgb = anchors[low.long()] * (1 - part) + anchors[low.long() + 1] * part
+    image = rgb.permute(2, 0, 1)[None].float()
+    return F.interpolate(image, size=(size, size), mode="nearest")[0].to(torch.uint8)
+
+
+def density_image(points, bound=3.0, bins=128, size=256):
+    """A 2-D histogram of points (N, 2) over [-bound, bound]²."""
+    index = ((points.cpu() + bound) * (bins / (2 * bound))).floor().long()
+    index = index[((index >= 0) & (index < bins)).all(dim=1)]
+    counts = torch.bincount(index[:, 0] * bins + index[:, 1], minlength=bins**2)
+    return heat_image(counts.view(bins, bins).float(), size)
+
+
+def trajectory_image(paths, bound=3.0, size=256):
+    """Lines along paths (T, N, 2), from dark starts to bright ends."""
+    canvas = Image.new("RGB", (2 * size, 2 * size), (8, 8, 32))
+    draw = ImageDraw.Draw(canvas)
+    xy = ((paths.cpu() / bound * torch.tensor([1.0, -1.0]) + 1) * size).tolist()
+    for t, (start, end) in enumerate(zip(xy, xy[1:], strict=False)):
+        light = t / max(1, len(xy) - 2)
+        colour = (int(70 + 180 * light), int(60 + 130 * light), int(150 - 40 * light))
+        for a, b in zip(start, end, strict=True):
+            draw.line((*a, *b), fill=colour, width=2)
+    canvas = canvas.resize((size, size), Image.Resampling.LANCZOS)
+    return torch.from_numpy(np.asarray(canvas).copy()).permute(2, 0, 1)
+
+
+def save_panels(path, panels):
+    """Titled pictures side by side: panels is a list of (title, uint8 (3, H, W))."""
+    height, width = panels[0][1].shape[1:]
+    canvas = Image.new("RGB", (len(panels) * (width + 8) - 8, height + 22), "white")
+    draw = ImageDraw.Draw(canvas)
+    for i, (title, image) in enumerate(panels):
+        draw.text((i * (width + 8) + 4, 3), title, fill="black", font_size=14)
+        canvas.paste(Image.fromarray(image.permute(1, 2, 0).numpy()), (i * (width + 8), 22))
+    canvas.save(path)

@@ -1,0 +1,515 @@
+"""Flow Matching for Generative Modeling. Lipman, Chen, Ben-Hamu, Nickel & Le, 2022. arXiv 2210.02747v2
+
+Implements  Eq. 1 (flow), Eq. 6, Eq. 8 (marginal path and field of a finite data set, closed form),
+            Eq. 10, Eq. 11, Eq. 14, Eq. 15 (Gaussian paths, CFM loss, Theorem 3), Eq. 16, Eq. 17 (VE),
+            Eq. 18, Eq. 19 (VP), Eq. 20, Eq. 21, Eq. 22, Eq. 23 (OT), Eq. 31, Eq. 33, Eq. 34 (likelihood),
+            Eq. 46 and the losses of App. E.1 (SM, ScoreFlow, DDPM), App. C (bits per dimension),
+            Sec. 6.2 (evaluations against error), Sec. 6.3 (super-resolution), App. E.2 (K-sample NLL).
+Conventions t = 0 is noise, x_0 ~ N(0, I); t = 1 is data, x_1 ~ q. Fields are v(x, t).
+Departures  1. Eq. 46 has the sign wrong for s = grad log p: u = T'(1-t)/2 [x + s] is what generates p_t.
+            2. The paper fixes no sigma_t for VE: geometric here. Its target spans five orders of
+               magnitude, so the network's input and output are scaled and the loss is weighted.
+            3. sigma_min is not stated: 1e-4. EMA and clipping are not mentioned: customary values.
+            4. 2-D network: a small residual MLP with Fourier features, not 5 layers of 512.
+            5. Super-resolution: how v_t sees the low-res image is not stated: as extra channels.
+Run         python flow_matching.py                          2-D checkerboard
+            python flow_matching.py --dataset mnist          digits
+            python flow_matching.py --compare                the paths' evaluations against error
+            python flow_matching.py --dataset mnist --upsample 4
+            torchrun --nproc_per_node 2 flow_matching.py --dataset cifar10    App. E.2; not run here
+"""
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+import common
+from common import Count, Natural, Positive, Sizes, UserError, bcast
+
+
+@dataclass
+class Config(common.Config):
+    steps: Natural = 12_000  # optimisation steps
+    batch_size: Count = 512  # examples per step, over all processes together
+    lr: Positive = 4e-3  # peak learning rate of Adam
+    path: Literal["ot", "vp", "ve"] = "ot"  # conditional probability path (Sec. 4.1)
+    objective: Literal["cfm", "sm", "sf", "ddpm"] = "cfm"  # CFM, or a VP baseline of App. E.1
+    sigma_min: Positive = 1e-4  # OT path: width at t = 1; not stated in the paper
+    solver: Literal["euler", "midpoint", "heun", "rk4", "dopri5"] = "dopri5"  # sampler (Sec. 6)
+    nfe: Count = 100  # evaluations of a fixed-step solver
+    tol: Positive = 1e-5  # atol = rtol of dopri5, in sampling and likelihood (Sec. 6)
+    nll_examples: Natural = 10_000  # held-out examples whose likelihood is computed
+    nll_samples: Count = 1  # K dequantisations per image (App. E.2, Table 4: 1, 20, 50)
+    divergence: Literal["exact", "rademacher", "gaussian"] = "exact"  # exact, or Eq. 34's probe z
+    upsample: Count = 1  # super-resolution by this factor (Sec. 6.3); 1 = unconditional
+    compare: bool = False  # train every path and loss, print evaluations against error (Sec. 6.2)
+    width: Count = 128  # units of the MLP, or base channels of the U-Net
+    blocks: Count = 2  # residual blocks, of the MLP or of each level of the U-Net
+    mult: Sizes = (1, 2, 2, 2)  # channel multiple of each level of the U-Net
+    attention: Sizes | None = (16,)  # resolutions with attention
+    dropout: common.Fraction = 0.0  # of the U-Net
+    patch: Count = 1  # pixels folded into channels at the U-Net's ends: faster, coarser
+
+
+SMALL_IMAGES = {  # minutes on two cores
+    "steps": 2_000,
+    "batch_size": 64,
+    "lr": 2e-3,
+    "width": 48,
+    "mult": (1, 2),
+    "attention": (7, 8),
+    "patch": 2,
+    "tol": 1e-4,
+    "nll_examples": 128,
+    "divergence": "rademacher",
+}
+PRESETS = {
+    "glyphs": SMALL_IMAGES,
+    "mnist": SMALL_IMAGES,
+    "fashion_mnist": SMALL_IMAGES,
+    "folder": SMALL_IMAGES,
+    "cifar10": {  # Table 3, App. E.2
+        "steps": 391_000,
+        "batch_size": 256,
+        "lr": 5e-4,
+        "warmup": 45_000,
+        "decay": "linear",
+        "width": 256,
+        "mult": (1, 2, 2, 2),
+        "attention": (16,),
+        "ema": 0.9999,  # not mentioned in the paper
+        "flip": True,  # not mentioned in the paper
+        "divergence": "rademacher",
+    },
+}
+
+
+# ---- Conditional probability paths (Sec. 4) -----------------------------------------------------
+
+
+class Path:
+    """p_t(x | x_1) = N(x | mu_t(x_1), sigma_t² I) with mu_t(x_1) = a_t x_1                  (Eq. 10).
+
+    A subclass gives `coefficients(t)`: a_t, sigma_t and their time derivatives, of t's shape.
+    x, x_0, x_1 are (B, ...), t is (B,) in [0, t_max].
+    """
+
+    sigma_0 = 1.0  # the prior is N(0, sigma_0² I)
+    t_max = 1.0
+
+    def coefficients(self, t):
+        raise TypeError("choose OT, VP or VE")
+
+    def psi(self, x_0, x_1, t):
+        """The conditional flow: noise x_0 ~ N(0, I) to a point of p_t(. | x_1)."""
+        a, sigma, _, _ = self.coefficients(bcast(t, x_1))
+        return sigma * x_0 + a * x_1  # Eq. 11
+
+    def dpsi(self, x_0, x_1, t):
+        """d psi_t(x_0) / dt, the regression target; never divides by sigma_t."""
+        _, _, da, dsigma = self.coefficients(bcast(t, x_1))
+        return dsigma * x_0 + da * x_1  # Eq. 14
+
+    def u(self, x, x_1, t):
+        """The conditional field u_t(x | x_1) that generates p_t(. | x_1)."""
+        a, sigma, da, dsigma = self.coefficients(bcast(t, x))
+        return dsigma / sigma * (x - a * x_1) + da * x_1  # Eq. 15, Theorem 3
+
+    def field(self, net):
+        """The field v(x, t) that a network stands for."""
+        return net
+
+    def weight(self, t):
+        """The weight of time t in the CFM loss."""
+        return torch.ones_like(t)
+
+
+class OT(Path):
+    """Optimal-transport displacement, Example II: straight lines at constant speed."""
+
+    def __init__(self, sigma_min=1e-4):
+        self.sigma_min = sigma_min
+
+    def coefficients(self, t):
+        shrink = 1 - self.sigma_min
+        one = torch.ones_like(t)
+        return t, 1 - shrink * t, one, -shrink * one  # Eq. 20, so psi is Eq. 22
+
+    def u(self, x, x_1, t):
+        shrink = 1 - self.sigma_min
+        return (x_1 - shrink * x) / (1 - shrink * bcast(t, x))  # Eq. 21
+
+
+class VP(Path):
+    """Variance-preserving diffusion run backwards, Example I; T and beta as in App. E.1."""
+
+    t_max = 1 - 1e-5  # App. E.1: at t = 1 the field is infinite
+    beta_min, beta_max = 0.1, 20.0  # App. E.1
+
+    def beta(self, s):
+        return self.beta_min + s * (self.beta_max - self.beta_min)  # T'(s)
+
+    def T(self, s):
+        return s * self.beta_min + s**2 / 2 * (self.beta_max - self.beta_min)
+
+    def coefficients(self, t):
+        s = 1 - t
+        alpha = torch.exp(-self.T(s) / 2)
+        sigma = torch.sqrt(-torch.expm1(-self.T(s)))  # Eq. 18: sqrt(1 - alpha²), without cancelling
+        return alpha, sigma, self.beta(s) / 2 * alpha, -self.beta(s) / 2 * alpha**2 / sigma
+
+    def u(self, x, x_1, t):
+        s = 1 - bcast(t, x)
+        fraction = (torch.exp(-self.T(s)) * x - torch.exp(-self.T(s) / 2) * x_1) / -torch.expm1(
+            -self.T(s)
+        )
+        return -self.beta(s) / 2 * fraction  # Eq. 19
+
+
+class VE(Path):
+    """Variance-exploding diffusion run backwards, Example I, with a geometric sigma_s."""
+
+    sigma_small, sigma_large = 0.01, 10.0  # sigma_s at s = 0 and s = 1; Departure 2
+    sigma_0 = sigma_large
+
+    def coefficients(self, t):
+        sigma = self.sigma_small * (self.sigma_large / self.sigma_small) ** (1 - t)
+        rate = math.log(self.sigma_large / self.sigma_small)
+        return torch.ones_like(t), sigma, torch.zeros_like(t), -rate * sigma  # Eq. 16
+
+    def u(self, x, x_1, t):
+        _, sigma, _, dsigma = self.coefficients(bcast(t, x))
+        return dsigma / sigma * (x - x_1)  # Eq. 17: d/dt sigma_{1-t} = -sigma'_{1-t}
+
+    def field(self, net):
+        def v(x, t):
+            _, sigma, _, dsigma = self.coefficients(bcast(t, x))
+            return dsigma * net(x / torch.sqrt(1 + sigma**2), t)
+
+        return v
+
+    def weight(self, t):
+        return self.coefficients(t)[3] ** -2  # the network regresses on x_0: Departure 2
+
+
+PATHS = {"ot": OT, "vp": VP, "ve": VE}
+
+
+def marginal_log_prob(x, t, data, path):
+    """log p_t(x) in nats for q uniform on the rows of data: x (B, D), t (B,), data (N, D) -> (B,)."""
+    return _log_joint(x, t, data, path).logsumexp(dim=1)  # Eq. 6
+
+
+def marginal_field(x, t, data, path):
+    """u_t(x) for q uniform on the rows of data: x (B, D), t (B,), data (N, D) -> (B, D)."""
+    weights = _log_joint(x, t, data, path).softmax(dim=1)  # p_t(x | x_1) q(x_1) / p_t(x), (B, N)
+    u = path.u(x[:, None], data[None], t)  # (B, N, D)
+    return (weights[..., None] * u).sum(dim=1)  # Eq. 8
+
+
+def _log_joint(x, t, data, path):
+    """log p_t(x | x_1) + log q(x_1) for every x_1 in data, (B, N)."""
+    a, sigma, _, _ = path.coefficients(t[:, None])
+    square = (x[:, None] - a[..., None] * data).square().sum(dim=2)  # Eq. 10
+    log_normal = -square / (2 * sigma**2) - x.shape[1] / 2 * torch.log(2 * math.pi * sigma**2)
+    return log_normal - math.log(len(data))
+
+
+# ---- Losses -------------------------------------------------------------------------------------
+# Each takes what the network stands for, x_0 ~ N(0, I) and x_1 ~ q of shape (B, ...), t (B,), and
+# returns the mean over the batch and the dimensions, where the paper sums over the dimensions.
+
+
+def cfm_loss(v, x_0, x_1, t, path):
+    """Conditional flow matching for a vector field v."""
+    error = v(path.psi(x_0, x_1, t), t) - path.dpsi(x_0, x_1, t)  # Eq. 14; the OT path's is Eq. 23
+    return (bcast(path.weight(t), x_1) * error.square()).mean()
+
+
+def sm_loss(s, x_0, x_1, t, path):
+    """Score matching with lambda(t) = sigma_t², for a score s; at psi_t(x_0) it is -x_0 / sigma_t."""
+    _, sigma, _, _ = path.coefficients(bcast(t, x_1))
+    return (sigma * s(path.psi(x_0, x_1, t), t) + x_0).square().mean()  # App. E.1, SM
+
+
+def sf_loss(s, x_0, x_1, t, path):
+    """Score matching with lambda(t) = beta(1 - t), for a score s."""
+    _, sigma, _, _ = path.coefficients(bcast(t, x_1))
+    error = s(path.psi(x_0, x_1, t), t) + x_0 / sigma
+    return (path.beta(1 - bcast(t, x_1)) * error.square()).mean()  # App. E.1, ScoreFlow
+
+
+def ddpm_loss(eps, x_0, x_1, t, path):
+    """Noise matching, for a noise predictor eps."""
+    return (eps(path.psi(x_0, x_1, t), t) - x_0).square().mean()  # App. E.1, DDPM
+
+
+LOSSES = {"cfm": cfm_loss, "sm": sm_loss, "sf": sf_loss, "ddpm": ddpm_loss}
+
+
+def score_field(s, path):
+    """The VP field of a score s."""
+    return lambda x, t: path.beta(1 - bcast(t, x)) / 2 * (x + s(x, t))  # Eq. 46, Departure 1
+
+
+def vector_field(net, path, objective):
+    """The field v(x, t) of Eq. 1 from a network trained with an objective."""
+    if objective == "cfm":
+        return path.field(net)
+    if objective == "ddpm":  # App. E.1: s = -eps / sigma_t
+        return score_field(lambda x, t: -net(x, t) / path.coefficients(bcast(t, x))[1], path)
+    return score_field(net, path)
+
+
+# ---- Sampling and likelihood --------------------------------------------------------------------
+
+
+def sample(v, x_0, path, times=None, **solver):
+    """Flow prior noise x_0 ~ N(0, I), (B, ...), to data. Returns (x_1, evaluations)."""
+    times = (0.0, path.t_max) if times is None else times
+    with torch.no_grad():
+        return common.odeint(v, path.sigma_0 * x_0, times, **solver)  # Eq. 1
+
+
+def log_prob(v, x_1, path, divergence="exact", **solver):
+    """log p_1(x_1) in nats, (B, ...) -> (B,), and the evaluations: exact, or unbiased with a probe.
+
+    Eq. 31 run from t = 1 to 0 gives x_0 and f(0), and log p_1(x_1) = log p_0(x_0) - f(0)  (Eq. 33).
+    """
+
+    def log_p_0(x):
+        scaled = common.standard_normal_log_prob(x / path.sigma_0)
+        return scaled - x[0].numel() * math.log(path.sigma_0)
+
+    z = None if divergence == "exact" else common.hutchinson_probe(x_1, divergence)  # Eq. 34
+    with torch.no_grad():
+        times = (path.t_max, 0.0)
+        log_p, _, nfe = common.log_likelihood(
+            v, x_1, log_p_0, times, z=z, **solver
+        )  # Eq. 31, Eq. 33
+    return log_p, nfe
+
+
+def k_sample_log_prob(log_p, x, k):
+    """log 1/K sum_k p(x + u_k), u_k uniform on the bins of the 8-bit images x: App. E.2, Table 4.
+
+    log_p(x) -> (B,) is a density of continuous images; more samples give a tighter bound.
+    """
+    log_ps = torch.stack([log_p(common.dequantize(x)) for _ in range(k)])  # (K, B)
+    return log_ps.logsumexp(dim=0) - math.log(k)
+
+
+def low_resolution(x, factor):
+    """x (B, C, H, W) at 1 / factor of its resolution, scaled up again, as in Sec. 6.3."""
+    small = F.interpolate(x, scale_factor=1 / factor, mode="bicubic", antialias=True)
+    return F.interpolate(small, size=x.shape[2:], mode="bicubic")
+
+
+def conditioned(net, low):
+    """Super-resolution's v_t(x | low), Sec. 6.3: the low-resolution image as further channels."""
+    return net if low is None else lambda x, t: net(torch.cat([x, low], dim=1), t)
+
+
+# ---- Training and evaluation --------------------------------------------------------------------
+
+
+def network(cfg, data):
+    if not data.is_image:
+        return common.MLP(data.shape[0], width=cfg.width, blocks=cfg.blocks)
+    channels, side = data.shape[0], data.shape[1]
+    inputs = channels if cfg.upsample == 1 else 2 * channels
+    return common.UNet(
+        inputs,
+        channels,
+        side,
+        cfg.width,
+        cfg.mult,
+        cfg.blocks,
+        cfg.attention or (),
+        dropout=cfg.dropout,
+        patch=cfg.patch,
+    )
+
+
+def train(cfg, run, data, path):
+    """Conditional flow matching: regress v_t(psi_t(x_0)) on d psi_t(x_0) / dt (Sec. 3.2, Sec. 4)."""
+    loss_of = LOSSES[cfg.objective]
+    for x_1, _ in run.batches(data):  # x_1 ~ q
+        if data.is_image:
+            x_1 = common.dequantize(x_1)
+        low = low_resolution(x_1, cfg.upsample) if cfg.upsample > 1 else None
+        x_0 = torch.randn_like(x_1)  # x_0 ~ N(0, I), (B, ...)
+        t = path.t_max * torch.rand(len(x_1), device=x_1.device)  # t ~ U[0, 1], (B,)
+        net = conditioned(run.model, low)
+        f = path.field(net) if cfg.objective == "cfm" else net
+        loss = loss_of(f, x_0, x_1, t, path)  # Eq. 14
+        run.step(loss)
+
+
+def solver_options(cfg):
+    if cfg.solver == "dopri5":
+        return {"method": "dopri5", "rtol": cfg.tol, "atol": cfg.tol}
+    return {"method": cfg.solver, "steps": cfg.nfe // common.evaluations_per_step(cfg.solver)}
+
+
+def evaluate_vectors(cfg, run, data, path):
+    """2-D data: likelihood against the entropy, energy distance, and Fig. 4's picture."""
+    v = vector_field(run.ema, path, cfg.objective)
+    test = data.test[: cfg.nll_examples]
+    if len(test):
+        tolerances = {"rtol": cfg.tol, "atol": cfg.tol}
+        log_p, nfe = log_prob(v, test, path, cfg.divergence, **tolerances)
+        figures = {"nll": -log_p.mean().item(), "standard_error": standard_error(log_p)}
+        if data.entropy is not None:
+            figures |= {"entropy": data.entropy, "gap": figures["nll"] - data.entropy}
+        run.report("test", **figures, nll_evaluations=nfe)
+    times = torch.linspace(0, path.t_max, 5)
+    x_0 = torch.randn(50_000, *data.shape, device=run.device)
+    x, nfe = sample(v, x_0, path, times, **solver_options(cfg))  # (5, N, 2)
+    distance = common.energy_distance(x[-1][:5_000], data.test[:5_000])
+    run.report("samples", energy_distance=distance, sampling_evaluations=nfe)
+    bound = 1.3 * data.test[:10_000].abs().max().item()
+    panels = [("data", common.density_image(data.test[:50_000], bound))]
+    for t, x_t in zip(times.tolist(), x, strict=True):
+        panels.append((f"t = {t:.2f}", common.density_image(x_t, bound)))
+    lines, _ = sample(v, x_0[:300], path, torch.linspace(0, path.t_max, 41), method="rk4", steps=5)
+    panels.append(("paths", common.trajectory_image(lines, bound)))
+    common.save_panels(run.folder / "samples.png", panels)
+
+
+def evaluate_images(cfg, run, data, path):
+    """Images: a grid of samples, test bits per dimension; for super-resolution also PSNR."""
+    c, h, w = data.shape
+    test = common.to_float(data.test[: max(64, cfg.nll_examples)])
+    low = low_resolution(test, cfg.upsample) if cfg.upsample > 1 else None
+    shown = None if low is None else low[:16]
+    x_0 = torch.randn(64 if low is None else len(shown), c, h, w, device=run.device)
+    v = vector_field(conditioned(run.ema, shown), path, cfg.objective)
+    x, nfe = sample(v, x_0, path, **solver_options(cfg))
+    run.report("samples", sampling_evaluations=nfe)
+    if low is not None:
+        run.report("samples", psnr=psnr(x, test[:16]), psnr_bicubic=psnr(shown, test[:16]))
+        x = torch.stack([shown, x, test[:16]]).unflatten(1, (2, 8)).transpose(0, 1).flatten(0, 2)
+    common.save_images(run.folder / "samples.png", x)
+
+    log_ps = []
+    options = {"divergence": cfg.divergence, "rtol": cfg.tol, "atol": cfg.tol}
+    for i in range(0, cfg.nll_examples, 64):
+        x_1 = test[i : min(i + 64, cfg.nll_examples)]
+        net = conditioned(run.ema, None if low is None else low[i : i + len(x_1)])
+        v = vector_field(net, path, cfg.objective)
+        log_ps.append(
+            k_sample_log_prob(
+                lambda x, v=v: log_prob(v, x, path, **options)[0], x_1, cfg.nll_samples
+            )
+        )
+    if log_ps:
+        bpd = common.bits_per_dim(torch.cat(log_ps), c * h * w)  # App. C
+        figures = {"bits_per_dim": bpd.mean().item(), "standard_error": standard_error(bpd)}
+        run.report("test", **figures, examples=len(bpd), dequantisations=cfg.nll_samples)
+
+
+def standard_error(x):
+    return (x.std() / math.sqrt(len(x))).item()
+
+
+def psnr(x, reference):
+    """Peak signal-to-noise ratio in dB of images in [-1, 1] (Sec. 6.3, Table 2)."""
+    mse = (x.clamp(-1, 1) - reference).square().flatten(1).mean(1)
+    return (10 * torch.log10(4 / mse)).mean().item()
+
+
+def write_samples(cfg, run, data, path):
+    """--num-samples images or vectors, in batches, to samples.npz."""
+    v = vector_field(run.ema, path, cfg.objective)
+    batches = []
+    for i in range(0, cfg.num_samples, cfg.batch_size):
+        n = min(cfg.batch_size, cfg.num_samples - i)
+        x, _ = sample(
+            v, torch.randn(n, *data.shape, device=run.device), path, **solver_options(cfg)
+        )
+        batches.append(common.to_uint8(x).permute(0, 2, 3, 1) if data.is_image else x)
+    np.savez(run.folder / "samples.npz", torch.cat(batches).cpu().numpy())
+    run.say(f"wrote {cfg.num_samples} samples to {run.folder / 'samples.npz'}")
+
+
+def compare(cfg):
+    """Sec. 6.2, Fig. 7 (left) on 2-D data: error of few midpoint evaluations against 1000."""
+    methods = [
+        ("ot", "cfm"),
+        ("vp", "cfm"),
+        ("ve", "cfm"),
+        ("vp", "sm"),
+        ("vp", "sf"),
+        ("vp", "ddpm"),
+    ]
+    budgets = [4, 8, 16, 32, 64, 100]
+    rows = []
+    for name, objective in methods:
+        out = f"{cfg.out}/{name}-{objective}"
+        here = dataclasses.replace(cfg, path=name, objective=objective, out=out)
+        run, data, path = prepare(here)
+        run.say(f"training {name} path, {objective} loss")
+        train(here, run, data, path)
+        v = vector_field(run.ema, path, objective)
+        x_0 = torch.randn(256, *data.shape, device=run.device)  # 256 seeds, as in Sec. 6.2
+        true, _ = sample(v, x_0, path, method="midpoint", steps=500)
+        row = f"{name:>4} {objective:<5}"
+        for nfe in budgets:
+            x, _ = sample(v, x_0, path, method="midpoint", steps=nfe // 2)
+            row += f"{(x - true).square().mean().sqrt().item():9.4f}"
+        _, nfe = sample(v, x_0, path, rtol=1e-5, atol=1e-5)
+        log_p, _ = log_prob(v, data.test[:2000], path, rtol=1e-5, atol=1e-5)
+        rows.append(f"{row}{nfe:9d}{-log_p.mean().item():9.3f}")
+    print("root mean square error of the midpoint rule against its 1000-evaluation solution")
+    print("path loss " + "".join(f"{f'NFE {n}':>9}" for n in budgets) + "   dopri5      nll")
+    print("\n".join(rows))
+
+
+def prepare(cfg):
+    device = common.setup(cfg)
+    data = common.load_data(cfg, device)
+    check(cfg, data)
+    path = OT(cfg.sigma_min) if cfg.path == "ot" else PATHS[cfg.path]()
+    return common.Run(cfg, network(cfg, data), device), data, path
+
+
+def check(cfg, data):
+    """Refuse settings that do not go together."""
+    if cfg.objective != "cfm" and cfg.path != "vp":
+        raise UserError(f"--objective {cfg.objective} is a loss for the VP path: add --path vp")
+    if cfg.solver != "dopri5" and cfg.nfe < common.evaluations_per_step(cfg.solver):
+        raise UserError(f"--nfe {cfg.nfe} is less than one step of {cfg.solver}")
+    if cfg.compare and data.is_image:
+        raise UserError("--compare is made for 2-D data: choose a --dataset such as checkerboard")
+    if cfg.upsample > 1 and not (data.is_image and data.shape[1] % cfg.upsample == 0):
+        raise UserError(f"--upsample {cfg.upsample} needs images whose side it divides")
+    if cfg.upsample > 1 and cfg.num_samples:
+        raise UserError("--num-samples writes unconditional samples: leave it out with --upsample")
+    if data.is_image and data.shape[1] % cfg.patch:
+        raise UserError(f"--patch {cfg.patch} does not divide the side {data.shape[1]}")
+
+
+def main(cfg):
+    if cfg.compare:
+        compare(cfg)
+        return
+    run, data, path = prepare(cfg)
+    if not cfg.sample:
+        train(cfg, run, data, path)
+    if not run.finish():
+        return
+    evaluate = evaluate_images if data.is_image else evaluate_vectors
+    evaluate(cfg, run, data, path)
+    if cfg.num_samples:
+        write_samples(cfg, run, data, path)
+    run.say(f"see {run.folder / 'samples.png'}")
+
+
+if __name__ == "__main__":
+    common.cli(main, Config, PRESETS)
