@@ -3,7 +3,7 @@
 Copy this file together with any script of this folder: the two need nothing else.
 
 Conventions of the whole folder:
-  images   float in [-1, 1], (B, C, H, W); the level k of 0..255 is (k + 1/2)/128 - 1, its bin's middle
+  images   float in [-1, 1], (B, C, H, W); level k of 0..255 is (k + 1/2)/128 - 1, its bin's middle
   vectors  float (B, D); labels int64 (B,)
   fields   f(x, t) or f(x, t, y): networks and vector fields take the state first, t of shape (B,)
   errors   a mistake that the user can mend raises UserError; `cli` prints its one line, exit code 2
@@ -94,9 +94,9 @@ def cli(main, config_class, presets):
 
 
 def parse(config_class, presets, argv=None):
-    """Command line -> config. Precedence: default < preset < a checkpoint's settings < explicit flag.
+    """Command line -> config. Precedence: default < preset < checkpoint's settings < explicit flag.
 
-    `presets` maps a data set's name (or "folder") to the settings that it changes. Raises UserError.
+    `presets` maps a data set's name (or "folder") to the settings that it changes.
     """
     parser = _Parser(description=inspect.getmodule(config_class).__doc__, allow_abbrev=False)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
@@ -105,8 +105,7 @@ def parse(config_class, presets, argv=None):
         helps |= dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(cls), re.M))
     kinds = typing.get_type_hints(config_class, include_extras=True)
     for field in dataclasses.fields(config_class):
-        text = f"{helps[field.name]} [{field.default}]".replace("%", "%%")
-        _add_flag(parser, field.name, kinds[field.name], text)
+        _add_flag(parser, field, kinds[field.name], helps[field.name])
     explicit = vars(parser.parse_args(argv))
 
     name = explicit.get("dataset", config_class.dataset)
@@ -114,13 +113,17 @@ def parse(config_class, presets, argv=None):
     cfg = config_class(**preset | explicit)
     if cfg.resume and cfg.sample:
         raise UserError("--resume goes on training and --sample does not train: choose one of them")
-    if cfg.resume:
-        out = Path(cfg.out or _default_out(cfg, occupied=True))
-        saved = load_checkpoint(out / "checkpoint.pt", cfg.script, mmap=True)["config"]
-        return config_class(**saved | explicit | {"out": str(out), "resume": True, "sample": None})
-    if cfg.sample:
-        saved = load_checkpoint(cfg.sample, cfg.script, mmap=True)["config"]
-        cfg = config_class(**saved | {"out": None, "resume": False, "num_samples": 0} | explicit)
+    if cfg.resume or cfg.sample:
+        if cfg.resume:
+            explicit["out"] = cfg.out or _default_out(cfg, occupied=True)
+        path = cfg.sample or Path(explicit["out"], "checkpoint.pt")
+        saved = load_checkpoint(path, cfg.script, mmap=True)["config"]
+        if unknown := saved.keys() - kinds.keys():
+            raise UserError(f"{path} has the unknown setting {min(unknown)}: from another version?")
+        of_its_run = {"out": None, "resume": False, "sample": None, "num_samples": 0}
+        cfg = config_class(**saved | of_its_run | explicit)
+        if cfg.resume:
+            return cfg
     if cfg.out and Path(cfg.out, "checkpoint.pt").exists():
         raise UserError(f"{cfg.out} holds a checkpoint: add --resume to go on, or another --out")
     cfg.out = cfg.out or _default_out(cfg)
@@ -132,16 +135,19 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (--help lists the flags)")
 
 
-def _add_flag(parser, name, kind, text):
-    """A field's flag: --x VALUE; for a bool --x and --no-x; for an optional one also --no-x."""
-    flag = name.replace("_", "-")
-    options = {"dest": name, "default": argparse.SUPPRESS, "help": text}
+def _add_flag(parser, field, kind, text):
+    """A field's flag: --x VALUE; --no-x too for a bool, and for an optional one with a default."""
+    name, flag = field.name, field.name.replace("_", "-")
+    shown = ",".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
+    text = text if field.default is None else f"{text} [{shown}]"
+    options = {"dest": name, "default": argparse.SUPPRESS, "help": text.replace("%", "%%")}
     if kind is bool:
         parser.add_argument(f"--{flag}", action=argparse.BooleanOptionalAction, **options)
         return
     if typing.get_origin(kind) in (types.UnionType, typing.Union):
-        off = options | {"help": f"without {flag}"}
-        parser.add_argument(f"--no-{flag}", action="store_const", const=None, **off)
+        if field.default is not None:
+            off = options | {"help": f"without {flag}"}
+            parser.add_argument(f"--no-{flag}", action="store_const", const=None, **off)
         kind = kind.__args__[0]
     if kind is str:
         parser.add_argument(f"--{flag}", **options)
@@ -174,9 +180,7 @@ def _default_out(cfg, occupied=False):
     while Path(path, holds).exists():
         number, last, path = number + 1, path, Path(f"{stem}-{number + 1}")
     if occupied and last is None:
-        raise UserError(
-            f"nothing to resume: {stem} holds no checkpoint (--out names another folder)"
-        )
+        raise UserError(f"nothing to resume: {stem} holds no checkpoint (or name it by --out)")
     return str(last if occupied else path)
 
 
@@ -445,7 +449,8 @@ def _damaged_file(kind, root):
             if path.exists() and not torchvision.datasets.utils.check_integrity(path, md5):
                 return path
     else:
-        for (name, _), size in zip(kind.resources, (47_040_016, 60_008, 7_840_016, 10_008)):
+        sizes = (47_040_016, 60_008, 7_840_016, 10_008)
+        for (name, _), size in zip(kind.resources, sizes, strict=True):
             path = root / kind.__name__ / "raw" / Path(name).stem
             if path.exists() and path.stat().st_size != size:
                 return path
@@ -526,7 +531,7 @@ class UNet(nn.Module):
     """The U-Net of Dhariwal & Nichol (2021): f(x, t, y=None), x (B, in, H, W) -> (B, out, H, W).
 
     Args:
-        channels, mult, blocks: level i has channels * mult[i] channels and `blocks` residual blocks;
+        channels, mult, blocks: level i has channels * mult[i] channels and `blocks` blocks;
             each level halves the resolution of the one before.
         attention: the resolutions (sides in pixels, of images with side `size`) that get attention.
         patch: the network works on patch x patch pixels folded into channels: faster, coarser.
@@ -678,38 +683,29 @@ class SolverError(UserError):
     """The solver cannot go on: non-finite values, an underflow of the step, too many steps."""
 
 
+# fmt: off
 TABLEAUX = {  # Butcher's: nodes c, rows a, weights b
     "euler": ([0], [[]], [1]),
-    "midpoint": ([0, 1 / 2], [[], [1 / 2]], [0, 1]),
-    "heun": ([0, 1], [[], [1]], [1 / 2, 1 / 2]),
-    "rk4": (
-        [0, 1 / 2, 1 / 2, 1],
-        [[], [1 / 2], [0, 1 / 2], [0, 0, 1]],
-        [1 / 6, 1 / 3, 1 / 3, 1 / 6],
-    ),
-    "dopri5": (  # Dormand & Prince (1980); Hairer, Nørsett & Wanner, Table II.5.2
-        [0, 1 / 5, 3 / 10, 4 / 5, 8 / 9, 1],
-        [
-            [],
-            [1 / 5],
-            [3 / 40, 9 / 40],
-            [44 / 45, -56 / 15, 32 / 9],
-            [19372 / 6561, -25360 / 2187, 64448 / 6561, -212 / 729],
-            [9017 / 3168, -355 / 33, 46732 / 5247, 49 / 176, -5103 / 18656],
-        ],
-        [35 / 384, 0, 500 / 1113, 125 / 192, -2187 / 6784, 11 / 84],
+    "midpoint": ([0, 1/2], [[], [1/2]], [0, 1]),
+    "heun": ([0, 1], [[], [1]], [1/2, 1/2]),
+    "rk4": ([0, 1/2, 1/2, 1], [[], [1/2], [0, 1/2], [0, 0, 1]], [1/6, 1/3, 1/3, 1/6]),
+    "dopri5": (  # Dormand & Prince (1980); Hairer, Norsett & Wanner, Table II.5.2
+        [0, 1/5, 3/10, 4/5, 8/9, 1],
+        [[],
+         [1/5],
+         [3/40, 9/40],
+         [44/45, -56/15, 32/9],
+         [19372/6561, -25360/2187, 64448/6561, -212/729],
+         [9017/3168, -355/33, 46732/5247, 49/176, -5103/18656]],
+        [35/384, 0, 500/1113, 125/192, -2187/6784, 11/84],
     ),
 }
-DOPRI5_ERROR = [71 / 57600, 0, -71 / 16695, 71 / 1920, -17253 / 339200, 22 / 525, -1 / 40]
-DOPRI5_DENSE = [  # Hairer, Nørsett & Wanner, II.6: the last coefficient of the interpolant
-    -12715105075 / 11282082432,
-    0,
-    87487479700 / 32700410799,
-    -10690763975 / 1880347072,
-    701980252875 / 199316789632,
-    -1453857185 / 822651844,
-    69997945 / 29380423,
+DOPRI5_ERROR = [71/57600, 0, -71/16695, 71/1920, -17253/339200, 22/525, -1/40]
+DOPRI5_DENSE = [  # Hairer, Norsett & Wanner, II.6: the last coefficient of the interpolant
+    -12715105075/11282082432, 0, 87487479700/32700410799, -10690763975/1880347072,
+    701980252875/199316789632, -1453857185/822651844, 69997945/29380423,
 ]
+# fmt: on
 
 
 def odeint(f, x, t, method="dopri5", *, steps=None, rtol=1e-5, atol=1e-5, max_steps=100_000):
@@ -720,9 +716,10 @@ def odeint(f, x, t, method="dopri5", *, steps=None, rtol=1e-5, atol=1e-5, max_st
         x: a tensor (B, ...) or a tuple of them. Half-precision states are carried in float32.
         t: (t_0, t_1) as two numbers -> the state at t_1; a 1-D tensor of monotone times -> the
             states at all of them, stacked (T, B, ...). Times are float64 constants.
-        method: "euler", "midpoint", "heun", "rk4" with `steps` equal steps between neighbouring
-            times; "dopri5": adaptive, local error below atol + rtol |x| in the root mean square
-            (of the tuple's worst component), 4th-order dense output between the steps.
+        method: "euler", "midpoint", "heun", "rk4" or "dopri5".
+        steps: so many equal steps between neighbouring times. None, for dopri5 alone: adaptive,
+            local error below atol + rtol |x| in the root mean square (of the tuple's worst
+            component), with dense output of 4th order between the steps.
 
     Returns (solution, number of evaluations of f). Differentiable by backpropagation through x
     and f's parameters. Raises SolverError.
@@ -734,8 +731,8 @@ def odeint(f, x, t, method="dopri5", *, steps=None, rtol=1e-5, atol=1e-5, max_st
         raise ValueError(f"unknown method {method!r}: one of {', '.join(TABLEAUX)}")
     if any((b > a) != ascending or a == b for a, b in zip(times, times[1:], strict=False)):
         raise ValueError(f"the times must rise or fall strictly, not {times}")
-    if (steps is None) != (method == "dopri5"):
-        raise ValueError("give steps for a fixed-step method, and none for dopri5")
+    if steps is None and method != "dopri5":
+        raise ValueError(f"{method} does not adapt its step: give steps")
     evaluations = 0
 
     def field(state, time):
@@ -747,7 +744,7 @@ def odeint(f, x, t, method="dopri5", *, steps=None, rtol=1e-5, atol=1e-5, max_st
 
     start = x if is_tuple else (x,)
     start = tuple(x_i.float() if x_i.dtype.itemsize < 4 else x_i for x_i in start)
-    if method == "dopri5":
+    if steps is None:
         states = _dopri5(field, start, times, rtol, atol, max_steps)
     else:
         states = _fixed_steps(field, start, times, TABLEAUX[method], steps)
@@ -807,8 +804,7 @@ def _dopri5(field, x, times, rtol, atol, max_steps):
     states, waiting = [x], times[1:]
     k_1 = field(x, t)
     h = _first_step(field, x, k_1, t, end, size)
-    before = 1e-4  # the last accepted step's error
-    after_rejection = False
+    error, before, after_rejection = 0.0, 1e-4, False  # `before`: the last accepted step's error
     for _ in range(max_steps):
         if abs(end - t) <= 1.01 * abs(h):
             h = end - t
@@ -831,7 +827,7 @@ def _dopri5(field, x, times, rtol, atol, max_steps):
         x, k_1, t = x_new, k[-1], t + h
         if not waiting:
             return states
-        # Gustafsson's PI controller; Hairer, Nørsett & Wanner, IV.2
+        # Gustafsson's PI controller; Hairer, Norsett & Wanner, IV.2
         factor = 0.9 * max(error, 1e-10) ** -0.17 * before**0.04
         h *= min(1.0 if after_rejection else 10.0, max(0.2, factor))
         before, after_rejection = max(error, 1e-4), False
@@ -841,7 +837,7 @@ def _dopri5(field, x, times, rtol, atol, max_steps):
 
 
 def _first_step(field, x, k_1, t, end, size):
-    """Hairer, Nørsett & Wanner, II.4: a first step from the sizes of x, x' and x''."""
+    """Hairer, Norsett & Wanner, II.4: a first step from the sizes of x, x' and x''."""
     d_0, d_1 = size(x, x, x), size(k_1, x, x)
     if not (math.isfinite(d_0) and math.isfinite(d_1)):
         raise SolverError(f"the state or the field is not finite at the start, t = {t:.6g}")
@@ -954,7 +950,7 @@ def world_size():
 
 
 def setup(cfg):
-    """Seed, choose the device, join torchrun's process group if there is one. Returns the device."""
+    """Seed, choose the device, join torchrun's process group if there is one -> the device."""
     name = cfg.device
     if name == "auto":
         mps = torch.backends.mps.is_available()
@@ -1059,7 +1055,7 @@ class Run:
             raise SystemExit(130)
 
     def _schedule(self):
-        """Linear warm-up from 0 to 1, then constant, linear or cosine decay to 0 at the last step."""
+        """Linear warm-up from 0 to 1, then constant, or linear or cosine decay to 0 at the end."""
         cfg, n = self.cfg, self.done
         if n < cfg.warmup:
             return (n + 1) / cfg.warmup
@@ -1202,14 +1198,13 @@ def save_images(path, x, columns=8):
     scale = max(1, 640 // (columns * x.shape[-1]))
     grid = torchvision.utils.make_grid(to_uint8(x.cpu()), nrow=columns, padding=1, pad_value=64)
     grid = grid.repeat_interleave(scale, 1).repeat_interleave(scale, 2)
-    torchvision.io.write_png(grid, str(path))
+    Image.fromarray(grid.permute(1, 2, 0).numpy()).save(path)
 
 
 def heat_image(values, size=256):
-    """A map of values >= 0, (S, S), first axis x to the right, second y upwards -> (3, size, size)."""
-    anchors = torch.tensor(
-        [[8, 8, 32], [68, 15, 110], [170, 40, 110], [240, 110, 50], [255, 245, 170]]
-    )
+    """Values >= 0, (S, S), first axis x to the right, second y upwards -> uint8 (3, size, size)."""
+    anchors = [[8, 8, 32], [68, 15, 110], [170, 40, 110], [240, 110, 50], [255, 245, 170]]
+    anchors = torch.tensor(anchors)
     top = values.flatten().kthvalue(int(0.995 * values.numel())).values.clamp(min=1e-12)
     level = (values / top).clamp(0, 1).T.flip(0) * (len(anchors) - 1)
     low = level.floor().clamp(max=len(anchors) - 2)

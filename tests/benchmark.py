@@ -1,0 +1,221 @@
+"""Speed beside public implementations, in one run: python tests/benchmark.py [--gpu] [--rows unet]
+
+Peers are used where installed: pip install torchcfm diffusers torchdiffeq. Every contender of a row
+runs in turn, round after round, and the row shows medians over the rounds, so that a drift of the
+machine's speed meets all alike. Not collected by pytest.
+"""
+
+import argparse
+import statistics
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+warnings.filterwarnings("ignore")
+
+import common  # noqa: E402
+import flow_matching  # noqa: E402
+
+PRESETS = {  # image channels, side, U-Net: base channels, multiples, blocks, attention; batch
+    "MNIST": (1, 28, flow_matching.PRESETS["mnist"], 64),
+    "CIFAR-10": (3, 32, flow_matching.PRESETS["cifar10"], 4),
+}
+
+
+def interleaved(contenders, rounds):
+    """Median seconds of each function, taken in turn; one round of warm-up."""
+    seconds = {name: [] for name in contenders}
+    for i in range(rounds + 1):
+        for name, work in contenders.items():
+            synchronize()
+            start = time.perf_counter()
+            work()
+            synchronize()
+            if i:
+                seconds[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def synchronize():
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def row(title, seconds, unit, amount):
+    """Our speed, the fastest peer's, and the ratio: above 1 means that we are faster."""
+    cells = "  ".join(f"{name} {amount / s:9.1f}" for name, s in seconds.items())
+    peers = [s for name, s in seconds.items() if name != "ours"]
+    ratio = f"  ratio {min(peers) / seconds['ours']:.2f}" if peers else ""
+    print(f"{title:34} {unit:9} {cells}{ratio}", flush=True)
+
+
+def unets(channels, side, preset, device):
+    """U-Nets of the same channels, blocks and attention, on patch-folded images if we fold them."""
+    fold = preset.get("patch", 1)
+    c, side = channels * fold**2, side // fold
+    width, mult, blocks = preset["width"], preset["mult"], preset.get("blocks", 2)
+    attention = [r for r in preset["attention"] if side % r == 0 and (side // r) in (1, 2, 4, 8)]
+    nets = {"ours": common.UNet(c, c, side, width, mult, blocks, attention)}
+    try:
+        from torchcfm.models.unet.unet import UNetModelWrapper
+    except ImportError:
+        print("torchcfm is not installed")
+    else:
+        resolutions = ",".join(map(str, attention))
+        net = UNetModelWrapper(
+            dim=(c, side, side),
+            num_channels=width,
+            num_res_blocks=blocks,
+            channel_mult=list(mult),
+            attention_resolutions=resolutions,
+            num_head_channels=64,
+            use_scale_shift_norm=True,
+        )
+        nets["torchcfm"] = lambda x, t, net=net: net(t, x)
+        nets["torchcfm"].parameters = net.parameters
+        net.to(device)
+    try:
+        from diffusers import UNet2DModel
+    except ImportError:
+        print("diffusers is not installed")
+    else:
+        has = [side // 2**i in attention for i in range(len(mult))]
+        net = UNet2DModel(
+            sample_size=side,
+            in_channels=c,
+            out_channels=c,
+            layers_per_block=blocks,
+            block_out_channels=[width * m for m in mult],
+            down_block_types=["AttnDownBlock2D" if a else "DownBlock2D" for a in has],
+            up_block_types=["AttnUpBlock2D" if a else "UpBlock2D" for a in reversed(has)],
+            attention_head_dim=64 if width % 64 == 0 else width,
+            resnet_time_scale_shift="scale_shift",
+            norm_num_groups=16 if width % 32 else 32,
+        )
+        nets["diffusers"] = lambda x, t, net=net: net(x, 1000 * t).sample
+        nets["diffusers"].parameters = net.parameters
+        net.to(device)
+    nets["ours"].to(device)
+    x = torch.randn(1, c, side, side, device=device)
+    return nets, x
+
+
+def unet_rows(device):
+    for name, (channels, side, preset, batch) in PRESETS.items():
+        nets, x = unets(channels, side, preset, device)
+        x = x.expand(batch, -1, -1, -1).contiguous()
+        t, target = torch.rand(batch, device=device), torch.randn_like(x)
+        sizes = {key: sum(p.numel() for p in net.parameters()) / 1e6 for key, net in nets.items()}
+        print(f"{name}: millions of parameters", {k: round(v, 2) for k, v in sizes.items()})
+
+        def training(net, x=x, t=t, target=target):
+            optimizer = torch.optim.Adam(net.parameters(), fused=True)
+
+            def step():
+                optimizer.zero_grad()
+                (net(x, t) - target).square().mean().backward()
+                optimizer.step()
+
+            return step
+
+        def sampling(net, x=x, t=t):
+            def step():
+                with torch.no_grad():
+                    return x + net(x, t) / 100
+
+            return step
+
+        rounds = 7 if name == "MNIST" else 3
+        steps = {key: training(net) for key, net in nets.items()}
+        row(f"{name}, training, batch {batch}", interleaved(steps, rounds), "images/s", batch)
+        steps = {key: sampling(net) for key, net in nets.items()}
+        row(f"{name}, sampling, batch {batch}", interleaved(steps, rounds), "images/s", batch)
+
+
+def ode_rows(device):
+    torch.manual_seed(0)
+    small = common.MLP(2).to(device).requires_grad_(False)
+    angle = torch.arange(8, device=device) * torch.pi / 4
+    modes = 2 * torch.stack([angle.cos(), angle.sin()], dim=1)
+
+    def mixture(x, t):  # the exact field of flow matching onto eight points
+        return flow_matching.marginal_field(x, t, modes, flow_matching.OT(0.1))
+
+    def swirl(x, t):  # costs next to nothing: what the solver itself costs
+        return x.flip(1) * torch.tensor([1.0, -1.0], device=device) * (1 + t[:, None])
+
+    for title, f, n in (
+        ("swirl", swirl, 256),
+        ("eight points", mixture, 2048),
+        ("network", small, 2048),
+    ):
+        for tol in (1e-3, 1e-5):
+            x = torch.randn(n, 2, device=device)
+            counts = {}
+
+            def ours(f=f, x=x, tol=tol, counts=counts):
+                with torch.no_grad():
+                    _, counts["ours"] = common.odeint(f, x, (0.0, 1.0), rtol=tol, atol=tol)
+
+            contenders = {"ours": ours}
+            try:
+                import torchdiffeq
+            except ImportError:
+                print("torchdiffeq is not installed")
+            else:
+
+                def theirs(f=f, x=x, tol=tol, counts=counts):
+                    counts["torchdiffeq"] = 0
+
+                    def counted(t, x):
+                        counts["torchdiffeq"] += 1
+                        return f(x, t.to(x.dtype).expand(len(x)))
+
+                    times = torch.tensor([0.0, 1.0], device=device)
+                    with torch.no_grad():
+                        torchdiffeq.odeint(counted, x, times, rtol=tol, atol=tol, method="dopri5")
+
+                contenders["torchdiffeq"] = theirs
+            seconds = interleaved(contenders, 7)
+            row(f"dopri5 {tol:g}, {title}, {n} points", seconds, "solves/s", 1)
+            print(f"{'':34} evaluations {counts}")
+
+
+def vector_rows(device):
+    cfg = flow_matching.Config(steps=10_000, out="/dev/null", device=str(device))
+    data = common.load_data(cfg, device)
+    net, path = common.MLP(2).to(device), flow_matching.OT()
+    optimizer = torch.optim.Adam(net.parameters(), fused=True)
+
+    def hundred_steps():
+        for _ in range(100):
+            x_1, _ = data.batch(cfg.batch_size)
+            x_0, t = torch.randn_like(x_1), torch.rand(len(x_1), device=device)
+            optimizer.zero_grad()
+            flow_matching.cfm_loss(net, x_0, x_1, t, path).backward()
+            optimizer.step()
+
+    seconds = interleaved({"ours": hundred_steps}, 5)
+    row(f"2-D training, batch {cfg.batch_size}", seconds, "steps/s", 100)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--gpu", action="store_true")
+    parser.add_argument("--rows", choices=["unet", "ode", "vector"])
+    arguments = parser.parse_args()
+    device = torch.device("cuda" if arguments.gpu else "cpu")
+    torch.set_float32_matmul_precision("high")
+    print(f"torch {torch.__version__}, {device}, {torch.get_num_threads()} threads")
+    rows = {"unet": unet_rows, "ode": ode_rows, "vector": vector_rows}
+    for name, show in rows.items():
+        if arguments.rows in (None, name):
+            show(device)
+
+
+if __name__ == "__main__":
+    main()

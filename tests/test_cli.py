@@ -1,0 +1,375 @@
+"""The command line: a newcomer's commands, resuming, sampling, and bad input in one line."""
+
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import common
+import flow_matching
+
+ROOT = Path(__file__).parent.parent
+SCRIPTS = sorted(path.stem for path in ROOT.glob("*.py") if path.stem != "common")
+# Small enough for a test, whole enough to pass through every part.
+TINY = ["--steps", "2", "--batch-size", "4", "--width", "8", "--nll-examples", "4"]
+TINY += ["--solver", "euler", "--nfe", "1"]
+TINY_IMAGES = [*TINY, "--mult", "1,1", "--blocks", "1", "--tol", "0.1"]
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch, capsys):
+    """run(arguments) -> (exit code, standard output, standard error), in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["flow_matching.py", *map(str, arguments)])
+        code = 0
+        try:
+            common.cli(flow_matching.main, flow_matching.Config, flow_matching.PRESETS)
+        except SystemExit as stop:
+            code = stop.code
+        streams = capsys.readouterr()
+        return code, streams.out, streams.err
+
+    return call
+
+
+def metrics(folder):
+    return [json.loads(line) for line in Path(folder, "metrics.jsonl").read_text().splitlines()]
+
+
+def write_images(root, n=12, size=16):
+    root.mkdir()
+    noise = np.random.default_rng(0).integers(0, 256, (n, size, size, 3), dtype=np.uint8)
+    for i, image in enumerate(noise):
+        Image.fromarray(image).save(root / f"{i}.png")
+    return root
+
+
+# ---- What a newcomer does -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", ["ot", "vp", "ve"])
+def test_train_resume_sample(run, path):
+    code, out, err = run(*TINY, "--path", path, "--num-samples", "6", "--divergence", "rademacher")
+    assert code == 0, err
+    folder = Path("runs/flow_matching-checkerboard")
+    assert f"see {folder}/samples.png" in out
+    files = {"config.json", "metrics.jsonl", "checkpoint.pt", "samples.png", "samples.npz"}
+    assert files <= {path.name for path in folder.iterdir()}
+    samples = np.load(folder / "samples.npz")["arr_0"]
+    assert samples.shape == (6, 2)
+    assert samples.dtype == np.float32
+    assert {"nll", "entropy", "gap"} <= metrics(folder)[-2].keys()
+
+    assert run("--resume", "--steps", "5")[0] == 0
+    assert torch.load(folder / "checkpoint.pt", weights_only=True)["step"] == 5
+    assert json.loads((folder / "config.json").read_text())["path"] == path  # remembered
+    before = (folder / "checkpoint.pt").read_bytes()
+    code, out, _ = run("--sample", folder / "checkpoint.pt", "--solver", "heun", "--nfe", "4")
+    assert code == 0
+    assert "sampling_evaluations 16" in out  # 4 evaluations in each of the picture's 4 intervals
+    assert (folder / "samples" / "samples.png").exists()
+    assert (folder / "checkpoint.pt").read_bytes() == before
+
+
+def test_images_of_a_folder(run, tmp_path):
+    images = write_images(tmp_path / "pictures")
+    arguments = [*TINY_IMAGES, "--dataset", images, "--image-size", "16", "--patch", "2", "--flip"]
+    code, _, err = run(*arguments, "--num-samples", "3", "--nll-samples", "2")
+    assert code == 0, err
+    folder = Path("runs/flow_matching-pictures")
+    samples = np.load(folder / "samples.npz")["arr_0"]
+    assert samples.shape == (3, 16, 16, 3)
+    assert samples.dtype == np.uint8
+    assert metrics(folder)[-1]["dequantisations"] == 2
+    assert run("--dataset", images, "--resume", "--steps", "3")[0] == 0
+
+
+def test_super_resolution(run, tmp_path):
+    images = write_images(tmp_path / "pictures", n=160)
+    arguments = [*TINY_IMAGES, "--dataset", images, "--image-size", "16", "--upsample", "4"]
+    code, out, err = run(*arguments)
+    assert code == 0, err
+    assert "psnr_bicubic" in out
+
+
+def test_glyphs(run):
+    code, out, err = run(*TINY_IMAGES, "--dataset", "glyphs", "--amp", "--no-ema", "--no-clip")
+    assert code == 0, err
+    assert "bits_per_dim" in out
+
+
+@pytest.mark.parametrize("objective", ["sm", "sf", "ddpm"])
+def test_diffusion_baselines(run, objective):
+    code, _, err = run(*TINY, "--path", "vp", "--objective", objective, "--nll-examples", "0")
+    assert code == 0, err
+
+
+def test_compare_prints_the_table(run, monkeypatch):
+    # two steps leave fields that no adaptive solver follows quickly: a loose tolerance will do
+    monkeypatch.setattr(flow_matching, "log_prob", lambda v, x, path, **_: (torch.zeros(len(x)), 0))
+    code, out, err = run(*TINY, "--compare")
+    assert code == 0, err
+    assert "NFE 100" in out
+    rows = [
+        line.split() for line in out.splitlines() if line.split()[:1] in (["ot"], ["vp"], ["ve"])
+    ]
+    assert [tuple(row[:2]) for row in rows] == [
+        ("ot", "cfm"), ("vp", "cfm"), ("ve", "cfm"), ("vp", "sm"), ("vp", "sf"), ("vp", "ddpm"),
+    ]  # fmt: skip
+    assert all(float(row[2]) >= float(row[7]) >= 0 for row in rows)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_script_and_common_alone_run(script, tmp_path):
+    for name in (script, "common"):
+        shutil.copy(ROOT / f"{name}.py", tmp_path)
+    command = [sys.executable, f"{script}.py", *TINY]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert list(tmp_path.glob("runs/*/samples.png"))
+
+
+def test_two_processes_under_torchrun(tmp_path):
+    launcher = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+    ]
+    command = [*launcher, str(ROOT / "flow_matching.py"), *TINY, "--steps", "60", "--out", "run"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    state = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
+    assert state["step"] == 60
+    assert len(state["rng"]) == 2
+    assert done.stdout.count("samples.png") == 1  # one process speaks
+
+
+# ---- Bad input: one line, exit code 2, nothing on disk lost --------------------------------------
+
+BAD_FLAGS = [
+    ("--dataset nonsense", "unknown data set 'nonsense'.*checkerboard"),
+    ("--dataset", "expected one argument"),
+    ("--dataset cifar100", "unknown data set"),
+    ("--steps -3", "--steps: must be a whole number of at least 0"),
+    ("--steps many", "--steps: must be a whole number"),
+    ("--steps 1.5", "--steps: must be a whole number"),
+    ("--batch-size 0", "at least 1"),
+    ("--batch-size -8", "at least 1"),
+    ("--lr 0", "a number above 0"),
+    ("--lr nan", "a number above 0"),
+    ("--lr inf", "a number above 0"),
+    ("--lr fast", "a number above 0"),
+    ("--warmup -1", "at least 0"),
+    ("--ema 1", r"a number in \[0, 1\)"),
+    ("--ema -0.5", r"a number in \[0, 1\)"),
+    ("--clip -1", "a number above 0"),
+    ("--seed -1", "at least 0"),
+    ("--num-samples -1", "at least 0"),
+    ("--image-size 0 --dataset glyphs", "at least 1"),
+    ("--checkpoint-every 0", "at least 1"),
+    ("--decay steep", "invalid choice: 'steep'"),
+    ("--path straight", "invalid choice: 'straight'"),
+    ("--objective gan", "invalid choice"),
+    ("--solver rk5", "invalid choice"),
+    ("--divergence some", "invalid choice"),
+    ("--tol 0", "a number above 0"),
+    ("--nfe 0", "at least 1"),
+    ("--sigma-min -1", "a number above 0"),
+    ("--mult 1,x", "whole numbers such as 1,2,2"),
+    ("--mult 1,0", "whole numbers such as 1,2,2"),
+    ("--dropout 1", r"a number in \[0, 1\)"),
+    ("--stepz 3", "unrecognized arguments: --stepz"),
+    ("--step 3", "unrecognized arguments: --step"),
+    ("surplus", "unrecognized arguments: surplus"),
+    ("--device warp", "--device warp is not to be had"),
+    ("--device cuda:9", "--device cuda:9 is not to be had"),
+    ("--objective sm", "add --path vp"),
+    ("--solver rk4 --nfe 3", "less than one step of rk4"),
+    ("--compare --dataset glyphs", "--compare is made for 2-D data"),
+    ("--upsample 2", "needs images"),
+    ("--upsample 3 --dataset glyphs", "whose side it divides"),
+    ("--upsample 2 --dataset glyphs --num-samples 4", "--num-samples"),
+    ("--patch 3 --dataset glyphs", "does not divide the side 28"),
+    ("--image-size 8", "not made of images"),
+    ("--flip", "not made of images"),
+    ("--resume", "nothing to resume"),
+    ("--resume --out nowhere", "no checkpoint at nowhere"),
+    ("--sample nowhere.pt", "no checkpoint at nowhere.pt"),
+    ("--sample a.pt --resume", "choose one of them"),
+    ("--lr 1e30 --clip 1e30 --steps 60 --nll-examples 0", "(loss is|not finite)"),
+]
+
+
+def assert_one_line(code, err, pattern):
+    assert code == 2, err
+    lines = [line for line in re.split("[\r\n]", err) if line.strip() and "it/s" not in line]
+    lines = [line for line in lines if "?it" not in line]  # the progress bar
+    assert len(lines) == 1, err
+    assert re.search(pattern, lines[0]), err
+    assert lines[0].startswith("flow_matching.py: error: ")
+
+
+@pytest.mark.parametrize(("arguments", "pattern"), BAD_FLAGS)
+def test_bad_flags(run, arguments, pattern):
+    quick = [] if "--steps" in arguments else ["--steps", "2"]
+    code, _, err = run(*arguments.split(), *quick)
+    assert_one_line(code, err, pattern)
+
+
+@pytest.fixture
+def trained(run):
+    assert run(*TINY, "--out", "kept", "--nll-examples", "0")[0] == 0
+    return Path("kept/checkpoint.pt")
+
+
+def test_bad_checkpoints(run, trained):
+    good = trained.read_bytes()
+    Path("half.pt").write_bytes(good[: len(good) // 2])
+    Path("empty.pt").write_bytes(b"")
+    Path("text.pt").write_text("hello")
+    torch.save({"weights": torch.zeros(3)}, "foreign.pt")
+    state = torch.load(trained, weights_only=True)
+    torch.save(state | {"script": "vae"}, "vae.pt")
+    torch.save([1, 2], "list.pt")
+    cases = {
+        "half.pt": "no readable checkpoint",
+        "empty.pt": "no readable checkpoint",
+        "text.pt": "no readable checkpoint",
+        "foreign.pt": "not a checkpoint of this folder",
+        "list.pt": "not a checkpoint of this folder",
+        "vae.pt": "belongs to vae.py, not to flow_matching.py",
+        "kept": "no readable checkpoint",  # a folder
+    }
+    for name, pattern in cases.items():
+        code, _, err = run("--sample", name)
+        assert_one_line(code, err, pattern)
+    code, _, err = run("--sample", trained, "--width", "16")
+    assert_one_line(code, err, "does not fit")
+    code, _, err = run("--resume", "--out", "kept", "--blocks", "3", "--steps", "9")
+    assert_one_line(code, err, "does not fit")
+    code, _, err = run(*TINY, "--out", "kept")
+    assert_one_line(code, err, "holds a checkpoint: add --resume")
+    state["config"]["from_the_future"] = 1
+    torch.save(state, "future.pt")
+    code, _, err = run("--sample", "future.pt")
+    assert_one_line(code, err, "from_the_future")
+    assert trained.read_bytes() == good  # nothing was lost
+
+
+def test_bad_output_folders(run):
+    Path("file").write_text("precious")
+    for out in ("file", "file/below", "/proc/nowhere/run"):
+        code, _, err = run(*TINY, "--out", out)
+        assert_one_line(code, err, "cannot write to")
+    assert Path("file").read_text() == "precious"
+
+
+def test_bad_image_folders(run, tmp_path):
+    (tmp_path / "none").mkdir()
+    code, _, err = run(*TINY, "--dataset", "none")
+    assert_one_line(code, err, "holds 0 images")
+    root = write_images(tmp_path / "pictures")
+    whole = (root / "5.png").read_bytes()
+    (root / "5.png").write_bytes(whole[:80])
+    code, _, err = run(*TINY, "--dataset", root)
+    assert_one_line(code, err, "cannot read the image .*5.png")
+    (root / "5.png").write_text("not a picture")
+    code, _, err = run(*TINY, "--dataset", root)
+    assert_one_line(code, err, "cannot read the image .*5.png")
+
+
+def test_bad_downloads(run, tmp_path, monkeypatch):
+    """Without the files and without a network; and with damaged files."""
+
+    def no_network(*_, **__):
+        raise OSError("network is unreachable")
+
+    monkeypatch.setattr("torchvision.datasets.utils._get_redirect_url", no_network)
+    for name in ("mnist", "fashion_mnist", "cifar10"):
+        code, _, err = run(*TINY_IMAGES, "--dataset", name)
+        assert_one_line(code, err, "unreachable.*--data-dir.*glyphs")
+    raw = tmp_path / "data" / "MNIST" / "raw"
+    raw.mkdir(parents=True, exist_ok=True)
+    sizes = {"train-images-idx3": 47_040_016, "train-labels-idx1": 60_008}
+    sizes |= {"t10k-images-idx3": 7_840_016, "t10k-labels-idx1": 10_008}
+    for name, size in sizes.items():
+        (raw / f"{name}-ubyte").write_bytes(b"\0" * (size if "labels" not in name else size // 2))
+    code, _, err = run(*TINY_IMAGES, "--dataset", "mnist")
+    assert_one_line(code, err, "train-labels-idx1-ubyte is damaged")
+    batches = tmp_path / "data" / "cifar-10-batches-py"
+    batches.mkdir()
+    (batches / "data_batch_1").write_bytes(b"half a batch")
+    code, _, err = run(*TINY_IMAGES, "--dataset", "cifar10")
+    assert_one_line(code, err, "data_batch_1 is damaged")
+
+
+# ---- What the documents promise -----------------------------------------------------------------
+
+
+def readme_commands():
+    text = (ROOT / "README.md").read_text()
+    for line in re.findall(r"python (\w+\.py(?: [^`\n|#]*)?)", text):
+        script, *arguments = shlex.split(line)
+        if not script.startswith("common"):
+            yield script, arguments
+
+
+def test_readme_commands_parse(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    commands = list(readme_commands())
+    assert len(commands) >= 5
+    for script, arguments in commands:
+        assert (ROOT / script).exists(), script
+        module = __import__(Path(script).stem)
+        if "--help" in arguments:
+            continue
+        if "--sample" in arguments or "--resume" in arguments:
+            for flag in ("--sample", "--resume"):  # their files are not here: the other flags count
+                if flag in arguments:
+                    i = arguments.index(flag)
+                    del arguments[i : i + (2 if flag == "--sample" else 1)]
+        common.parse(module.Config, module.PRESETS, arguments)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_item_of_the_card_is_tagged_in_the_code(script):
+    source = (ROOT / f"{script}.py").read_text()
+    _, card, code = source.split('"""', 2)
+    implements = card[card.index("Implements") : card.index("Conventions")]
+    items = re.findall(
+        r"(?:Eq|Alg|App|Sec|Thm|Prop|Theorem|Table|Fig)\.? (?:[A-Z]\.)?[\dA-Z][\d.]*", implements
+    )
+    assert len(items) >= 8
+    for item in items:
+        item = item.rstrip(".")
+        assert re.search(re.escape(item) + r"(?![\d])", code), (
+            f"{item} is not tagged in {script}.py"
+        )
+    assert len(card.splitlines()) <= 30
+    assert code.index("# ---- Conditional") < 100 * 100 or script != "flow_matching"
+    heading = source[: source.index("\nclass Path" if script == "flow_matching" else "\ndef ")]
+    assert heading.count("\n") <= 120
+
+
+def test_scripts_do_not_import_each_other():
+    for script in SCRIPTS:
+        source = (ROOT / f"{script}.py").read_text()
+        for other in SCRIPTS:
+            assert not re.search(rf"^(?:from|import) {other}\b", source, re.M)

@@ -1,0 +1,774 @@
+"""The parts that no paper is about, against closed forms."""
+
+import dataclasses
+import itertools
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch.testing import assert_close
+
+import common
+import flow_matching
+from common import SolverError, UserError
+
+ROOT = Path(__file__).parent.parent
+ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+
+
+def small_config(folder, **settings):
+    return flow_matching.Config(**{"out": str(folder), "steps": 10, "batch_size": 16} | settings)
+
+
+# ---- ODE stepping -------------------------------------------------------------------------------
+# x' = x cos t has the solution x_0 exp(sin t - sin t_0): smooth, non-autonomous, exact.
+
+
+def field(x, t):
+    return x * t.cos()[:, None]
+
+
+def exact(x_0, t_0, t):
+    return x_0 * math.exp(math.sin(t) - math.sin(t_0))
+
+
+X_0 = torch.tensor([[1.0, -0.5], [2.0, 0.3]], dtype=torch.float64)
+ORDERS = {"euler": 1, "midpoint": 2, "heun": 2, "rk4": 4, "dopri5": 5}
+
+
+@pytest.mark.parametrize("times", [(0.0, 2.0), (2.0, 0.0)])
+@pytest.mark.parametrize(("method", "order"), ORDERS.items())
+def test_solver_order(method, order, times):
+    errors = []
+    for steps in (32, 64, 128):
+        x, _ = common.odeint(field, X_0, times, method, steps=steps)
+        errors.append((x - exact(X_0, *times)).abs().max().item())
+    # The next term of the error is one order higher: at 128 steps the measured order is off by
+    # less than a tenth, except where the leading constant happens to be small.
+    assert math.log2(errors[1] / errors[2]) == pytest.approx(order, abs=0.15)
+    assert errors[2] < 0.1 ** (order - 0.5)
+
+
+@pytest.mark.parametrize("times", [(0.0, 3.0), (3.0, 0.0)])
+def test_dopri5_keeps_its_tolerance(times):
+    errors, counts = [], []
+    for tol in (1e-3, 1e-5, 1e-7, 1e-9):
+        x, nfe = common.odeint(field, X_0, times, rtol=tol, atol=tol)
+        errors.append((x - exact(X_0, *times)).abs().max().item() / tol)
+        counts.append(nfe)
+    assert max(errors) < 30  # the local errors of the ten to sixty steps add up
+    assert counts == sorted(counts)
+    assert counts[-1] < 400
+
+
+def test_dopri5_dense_output():
+    times = torch.linspace(0, 3, 31, dtype=torch.float64)
+    x, nfe = common.odeint(field, X_0, times, rtol=1e-8, atol=1e-8)
+    truth = torch.stack([exact(X_0, 0.0, t.item()) for t in times])
+    assert_close(x, truth, rtol=0, atol=5e-7)  # 4th order between steps chosen for the 5th
+    _, alone = common.odeint(field, X_0, (0.0, 3.0), rtol=1e-8, atol=1e-8)
+    assert nfe == alone  # the grid costs no evaluation
+    back, _ = common.odeint(field, x[-1], times.flip(0), rtol=1e-8, atol=1e-8)
+    assert_close(back.flip(0), truth, rtol=0, atol=1e-6)
+
+
+def test_odeint_counts_evaluations_and_passes_times():
+    seen = []
+
+    def watched(x, t):
+        assert t.shape == (2,)
+        assert t.dtype == torch.float64
+        seen.append(t[0].item())
+        return field(x, t)
+
+    for method, stages in {"euler": 1, "midpoint": 2, "heun": 2, "rk4": 4}.items():
+        seen.clear()
+        _, nfe = common.odeint(watched, X_0, (0.0, 1.0), method, steps=5)
+        assert nfe == len(seen) == 5 * stages == 5 * common.evaluations_per_step(method)
+    seen.clear()
+    _, nfe = common.odeint(watched, X_0, (0.0, 1.0))
+    assert nfe == len(seen)
+    assert 0 <= min(seen) <= max(seen) <= 1  # never asks outside the interval
+
+
+def test_odeint_takes_tuples():
+    def pair(state, t):
+        return field(state[0], t), 2 * t
+
+    (x, y), _ = common.odeint(pair, (X_0, torch.zeros(2, dtype=torch.float64)), (0.0, 2.0))
+    assert_close(x, exact(X_0, 0.0, 2.0), rtol=1e-4, atol=0)
+    assert_close(y, torch.full((2,), 4.0, dtype=torch.float64), rtol=1e-10, atol=0)
+    times = torch.tensor([0.0, 1.0, 2.0])
+    (x, y), _ = common.odeint(pair, (X_0, torch.zeros(2)), times, "rk4", steps=50)
+    assert x.shape == (3, 2, 2)
+    assert y.shape == (3, 2)
+    assert y.dtype == torch.float32
+    assert_close(x[1], exact(X_0, 0.0, 1.0), rtol=1e-7, atol=0)
+
+
+@pytest.mark.parametrize("options", [{"rtol": 1e-9, "atol": 1e-9}, {"method": "rk4", "steps": 200}])
+def test_odeint_differentiates(options):
+    a = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
+    x_0 = torch.tensor([[1.5]], dtype=torch.float64, requires_grad=True)
+    x, _ = common.odeint(lambda x, t: a * x, x_0, (0.0, 2.0), **options)
+    grad_a, grad_x = torch.autograd.grad(x.sum(), (a, x_0))
+    assert_close(grad_x.item(), math.exp(1.4), rtol=1e-7, atol=0)
+    assert_close(grad_a.item(), 2 * 1.5 * math.exp(1.4), rtol=1e-7, atol=0)
+
+
+def test_odeint_carries_half_precision_in_float32():
+    x, _ = common.odeint(
+        lambda x, t: torch.ones_like(x).bfloat16(), torch.ones(4, 1).bfloat16(), (0, 1)
+    )
+    assert x.dtype == torch.float32
+    x, _ = common.odeint(
+        lambda x, t: torch.ones_like(x), torch.zeros(4, 1), (0, 1), "euler", steps=1000
+    )
+    assert_close(x, torch.ones(4, 1), rtol=0, atol=1e-5)  # a bfloat16 state would stop at 0.25
+
+
+def test_odeint_says_why_it_cannot_go_on():
+    one = torch.ones(1, 1, dtype=torch.float64)
+    with pytest.raises(SolverError, match="at t = (0.999|1)"):
+        common.odeint(lambda x, t: x**2, one, (0.0, 2.0))  # blows up at t = 1
+    with pytest.raises(SolverError, match="non-finite"):
+        common.odeint(lambda x, t: torch.where(t > 0.5, math.nan, x.T).T, one, (0.0, 1.0))
+    with pytest.raises(SolverError, match="at the start"):
+        common.odeint(lambda x, t: x, one * math.nan, (0.0, 1.0))
+    with pytest.raises(SolverError, match="3 steps"):
+        common.odeint(lambda x, t: 50 * (50 * t).cos() * x, one, (0.0, 9.0), max_steps=3)
+    with pytest.raises(SolverError, match="not finite"):
+        common.odeint(lambda x, t: x / 0, one, (0.0, 1.0), "euler", steps=2)
+    with pytest.raises(ValueError, match="unknown method"):
+        common.odeint(field, one, (0.0, 1.0), "rk5", steps=2)
+    with pytest.raises(ValueError, match="give steps"):
+        common.odeint(field, one, (0.0, 1.0), "euler")
+    with pytest.raises(ValueError, match="strictly"):
+        common.odeint(field, one, torch.tensor([0.0, 1.0, 0.5]))
+
+
+# ---- Divergence and likelihood ------------------------------------------------------------------
+
+A = torch.tensor([[0.5, -1.0, 0.2], [0.3, 0.1, 0.7], [-0.4, 0.6, -0.9]], dtype=torch.float64)
+
+
+def linear(x, t):
+    return x @ A.T
+
+
+def network_field(x, t):
+    """A nonlinear field of (B, 1, 3) states, to check the shapes as well."""
+    return (x * x.roll(1, 2) + t[:, None, None]).sin() @ A
+
+
+@pytest.mark.parametrize("forward", [False, True])
+def test_divergence_is_the_trace_of_the_jacobian(forward):
+    torch.manual_seed(0)
+    x, t = torch.randn(5, 1, 3, dtype=torch.float64), torch.rand(5, dtype=torch.float64)
+    v, div = common.divergence(network_field, x, t, forward=forward)
+    assert_close(v, network_field(x, t))
+    for b in range(5):
+        one = slice(b, b + 1)
+        jacobian = torch.autograd.functional.jacobian(
+            lambda y, one=one: network_field(y, t[one]), x[one]
+        )
+        assert_close(div[b], jacobian.reshape(3, 3).trace(), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("forward", [False, True])
+def test_hutchinson_is_unbiased(forward):
+    # The mean over all eight Rademacher probes is the expectation itself.
+    x, t = torch.randn(4, 3, dtype=torch.float64), torch.zeros(4, dtype=torch.float64)
+    estimates = []
+    for signs in itertools.product((-1.0, 1.0), repeat=3):
+        z = torch.tensor(signs, dtype=torch.float64).expand(4, 3)
+        estimates.append(common.divergence(linear, x, t, z, forward)[1])
+    estimates = torch.stack(estimates)
+    assert_close(estimates.mean(0), A.trace().expand(4), rtol=1e-12, atol=1e-12)
+    symmetric = (A + A.T) / 2
+    off = symmetric.square().sum() - symmetric.diagonal().square().sum()
+    assert_close(estimates.var(0, correction=0), (2 * off).expand(4), rtol=1e-10, atol=0)
+
+
+def test_probes_have_unit_covariance():
+    torch.manual_seed(0)
+    x = torch.zeros(200_000, 2)
+    for kind, fourth in (("rademacher", 1.0), ("gaussian", 3.0)):
+        z = common.hutchinson_probe(x, kind)
+        # standard errors of the covariance are below 1 / sqrt(200,000) = 0.0022, of z⁴ 0.022
+        assert_close(z.T @ z / len(z), torch.eye(2), rtol=0, atol=0.012)
+        assert_close(z.pow(4).mean().item(), fourth, rtol=0, atol=0.1)
+
+
+def test_divergence_trains():
+    weight = A.clone().requires_grad_()
+    x, t = torch.randn(4, 3, dtype=torch.float64), torch.zeros(4, dtype=torch.float64)
+    _, div = common.divergence(lambda x, t: x.square() @ weight.T / 2, x, t)
+    (grad,) = torch.autograd.grad(div.sum(), weight)
+    assert_close(grad, torch.diag(x.sum(0)))  # div = sum_i W_ii x_i
+
+
+def test_log_likelihood_of_a_linear_flow():
+    torch.manual_seed(0)
+    x_1 = torch.randn(6, 3, dtype=torch.float64)
+    prior = common.standard_normal_log_prob
+    log_p, x_0, nfe = common.log_likelihood(linear, x_1, prior, rtol=1e-10, atol=1e-10)
+    expected = x_1 @ torch.linalg.matrix_exp(-A).T
+    assert_close(x_0, expected, rtol=1e-8, atol=1e-8)
+    assert_close(log_p, prior(expected) - A.trace(), rtol=1e-8, atol=1e-8)
+    assert nfe > 6
+    log_p, _, _ = common.log_likelihood(linear, x_1, prior, method="rk4", steps=400)
+    assert_close(log_p, prior(expected) - A.trace(), rtol=1e-8, atol=1e-8)
+
+
+def test_bits_per_dim_of_uniform_images_is_eight():
+    d = 3 * 4 * 4
+    log_p = torch.full((2,), -d * math.log(2.0), dtype=torch.float64)  # uniform on [-1, 1]^d
+    assert_close(common.bits_per_dim(log_p, d), torch.full((2,), 8.0, dtype=torch.float64))
+    normal = torch.distributions.Normal(0.0, 1.0)
+    x = torch.randn(5, 3, 4, 4)
+    assert_close(common.standard_normal_log_prob(x), normal.log_prob(x).flatten(1).sum(1))
+
+
+# ---- Data ---------------------------------------------------------------------------------------
+
+
+def test_levels_survive_the_round_trip():
+    levels = torch.arange(256, dtype=torch.uint8)
+    x = common.to_float(levels)
+    assert x.min() > -1
+    assert x.max() < 1
+    assert torch.equal(common.to_uint8(x), levels)
+    torch.manual_seed(0)
+    noisy = common.dequantize(x.repeat(100, 1))
+    assert torch.equal(common.to_uint8(noisy), levels.repeat(100, 1))  # stays in its bin
+    assert_close(noisy.var(0), torch.full((256,), 1 / (12 * 128**2)), rtol=0.6, atol=0)
+    assert torch.equal(
+        common.to_uint8(torch.tensor([-3.0, 3.0])), torch.tensor([0, 255], dtype=torch.uint8)
+    )
+
+
+@pytest.mark.parametrize("name", common.DENSITIES)
+def test_densities(name):
+    draw = common.DENSITIES[name]
+    x, y = draw(20_000, torch.Generator().manual_seed(3))
+    again, _ = draw(20_000, torch.Generator().manual_seed(3))
+    other, _ = draw(20_000, torch.Generator().manual_seed(4))
+    assert torch.equal(x, again)
+    assert not torch.equal(x, other)
+    assert x.shape == (20_000, 2)
+    assert x.dtype == torch.float32
+    assert y.dtype == torch.int64
+    assert x.abs().max() < 3.2
+    assert 0.5 < x.std() < 1.6
+    assert x.mean(0).abs().max() < 0.4
+
+
+def test_checkerboard_is_uniform_on_its_cells():
+    x, _ = common.DENSITIES["checkerboard"](80_000, torch.Generator().manual_seed(0))
+    cell = (x + 2).floor().long()
+    assert ((cell.sum(1)) % 2 == 0).all()
+    counts = torch.bincount(cell[:, 0] * 4 + cell[:, 1], minlength=16)
+    assert (counts > 0).sum() == 8
+    # eight cells of 10,000 +- 94: five standard deviations
+    assert_close(
+        counts[counts > 0].double(),
+        torch.full((8,), 10_000.0, dtype=torch.float64),
+        rtol=0,
+        atol=470,
+    )
+    assert common.ENTROPIES["checkerboard"] == math.log(8)
+
+
+def test_entropy_of_the_eight_gaussians():
+    x, _ = common.DENSITIES["eight_gaussians"](200_000, torch.Generator().manual_seed(0))
+    angle = torch.arange(8) * math.pi / 4
+    modes = 2 * torch.stack([angle.cos(), angle.sin()], dim=1)
+    log_normal = -(torch.cdist(x, modes) ** 2) / (2 * 0.15**2) - math.log(2 * math.pi * 0.15**2)
+    log_p = log_normal.logsumexp(1) - math.log(8)
+    # standard error 1 / sqrt(200,000) = 0.0022
+    assert_close(-log_p.mean().item(), common.ENTROPIES["eight_gaussians"], rtol=0, atol=0.011)
+
+
+def test_glyphs_are_a_data_set():
+    start = time.perf_counter()
+    x, y = common.glyphs(60_000, seed=0)
+    assert time.perf_counter() - start < 10
+    assert x.shape == (60_000, 1, 28, 28)
+    assert x.dtype == torch.uint8
+    assert torch.equal(y.bincount(), torch.full((10,), 6_000))
+    small, _ = common.glyphs(50, seed=7)
+    assert torch.equal(small, common.glyphs(50, seed=7)[0])
+    assert not torch.equal(small, common.glyphs(50, seed=8)[0])
+    ink = (x > 0).float().mean().item()
+    assert 0.1 < ink < 0.3  # MNIST: 0.19
+
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(
+        torch.nn.Conv2d(1, 16, 5, stride=2, padding=2),
+        torch.nn.ReLU(),
+        torch.nn.Conv2d(16, 32, 5, stride=2, padding=2),
+        torch.nn.ReLU(),
+        torch.nn.Flatten(),
+        torch.nn.Linear(32 * 49, 10),
+    )
+    optimizer = torch.optim.Adam(net.parameters(), lr=2e-3)
+    for index in torch.randperm(len(x)).split(128):
+        optimizer.zero_grad()
+        F.cross_entropy(net(common.to_float(x[index])), y[index]).backward()
+        optimizer.step()
+    x, y = common.glyphs(10_000, seed=1)
+    with torch.no_grad():
+        accuracy = (net(common.to_float(x)).argmax(1) == y).float().mean().item()
+    assert 0.97 < accuracy < 0.9995  # neither noise nor trivial
+
+
+def image_folder(root, sizes=((40, 30), (20, 20), (30, 50))):
+    for i, (name, colour) in enumerate({"a": (250, 0, 0), "b": (0, 250, 0)}.items()):
+        (root / name).mkdir(parents=True)
+        for j in range(6):
+            Image.new("RGB", sizes[(i + j) % len(sizes)], colour).save(root / name / f"{j}.png")
+    (root / "notes.txt").write_text("not an image")
+    return root
+
+
+def test_image_folder(tmp_path):
+    root = image_folder(tmp_path / "images")
+    cfg = small_config(tmp_path, dataset=str(root), image_size=16)
+    data = common.load_data(cfg)
+    assert data.shape == (3, 16, 16)
+    assert len(data.train) == 10
+    assert len(data.test) == 2
+    assert data.num_classes == 2
+    red = data.train[data.train_labels == 0]
+    assert torch.equal(red.unique(), torch.tensor([0, 250], dtype=torch.uint8))
+    assert (red[:, 0] == 250).all()
+    x, y = data.batch(7)
+    assert x.shape == (7, 3, 16, 16)
+    assert y.shape == (7,)
+
+
+def test_flip_mirrors_half_of_the_images():
+    x = torch.zeros(1, 1, 2, 2, dtype=torch.uint8)
+    x[..., 0] = 255
+    data = common.Data("d", x, torch.zeros(1).long(), x, torch.zeros(1).long(), flip=True)
+    torch.manual_seed(0)
+    batch, _ = data.batch(1000)
+    left = (batch[:, 0, 0, 0] > 0).float().mean().item()
+    assert 0.42 < left < 0.58  # five standard deviations of a fair coin
+    assert ((batch[:, 0, 0, 0] > 0) != (batch[:, 0, 0, 1] > 0)).all()
+
+
+# ---- Networks -----------------------------------------------------------------------------------
+
+
+def test_time_embedding_tells_times_apart():
+    emb = common.time_embedding(torch.linspace(0, 1, 101), 64)
+    assert emb.shape == (101, 64)
+    assert (emb.std(0) > 0.02).sum() >= 60  # unscaled t would leave most channels constant
+    assert (common.time_embedding(torch.linspace(0, 1, 101) / 1000, 64).std(0) > 0.02).sum() < 30
+    assert torch.cdist(emb, emb).add(torch.eye(101) * 9).min() > 0.1
+
+
+@pytest.mark.parametrize("patch", [1, 2])
+@pytest.mark.parametrize(("size", "mult"), [(28, (1, 2, 2)), (32, (1, 2)), (20, (1, 1, 2, 2))])
+def test_unet_shapes(size, mult, patch):
+    net = common.UNet(
+        3, 5, size, channels=8, mult=mult, blocks=1, attention=(7,), num_classes=4, patch=patch
+    )
+    torch.manual_seed(0)
+    x, t, y = torch.randn(2, 3, size, size), torch.rand(2), torch.tensor([1, 3])
+    assert net(x, t, y).shape == (2, 5, size, size)
+    assert (net(x, t) == 0).all()  # zero-initialised output
+    torch.nn.init.normal_(net.output[2].weight)
+    for stage in net.modules():
+        if isinstance(stage, common.Stage):
+            torch.nn.init.normal_(stage.conv_2.weight, std=0.1)
+    assert not torch.equal(net(x, t, y), net(x, t))
+    assert not torch.equal(net(x, t), net(x, t / 2))
+    alone = net(x[:1], t[:1], y[:1])
+    assert_close(net(x, t, y)[:1], alone, rtol=1e-4, atol=1e-4)  # no mixing of the batch
+    channels_last = net.to(memory_format=torch.channels_last)(x, t, y)
+    assert_close(channels_last[:1], alone, rtol=1e-4, atol=1e-4)
+
+
+def test_unet_sizes_of_the_papers():
+    with torch.device("meta"):
+        paper = common.UNet(3, 3, 32, 256, (1, 2, 2, 2), 2, (16,))  # Lipman et al., Table 3
+        small = common.UNet(3, 3, 32, 128, (1, 2, 2, 2), 2, (16,))
+    millions = [sum(p.numel() for p in net.parameters()) / 1e6 for net in (paper, small)]
+    # the ADM network of these sizes has 143 and 36 million; ours adds scale and shift
+    assert 140 < millions[0] < 160
+    assert 33 < millions[1] < 42
+
+
+def test_attention_is_softmax_attention():
+    torch.manual_seed(0)
+    layer = common.Attention(8, heads=2).double()
+    torch.nn.init.normal_(layer.output.weight)
+    x = torch.randn(2, 8, 3, 5, dtype=torch.float64)
+    h = layer.norm(x).flatten(2).mT  # (B, HW, C)
+    q, k, v = layer.qkv(h).chunk(3, dim=2)
+    heads = []
+    for i in range(2):
+        part = slice(4 * i, 4 * i + 4)
+        scores = torch.softmax(q[..., part] @ k[..., part].mT / 2.0, dim=2)
+        heads.append(scores @ v[..., part])
+    expected = x + layer.output(torch.cat(heads, dim=2)).mT.reshape(2, 8, 3, 5)
+    assert_close(layer(x), expected, rtol=1e-10, atol=1e-10)
+
+
+def test_networks_compile_without_graph_breaks():
+    t = torch.rand(2)
+    nets = [
+        (common.UNet(1, 1, 8, 8, (1, 2), 1, (4,)), torch.randn(2, 1, 8, 8)),
+        (common.MLP(2, width=8, num_classes=3), torch.randn(2, 2)),
+    ]
+    for net, x in nets:
+        compiled = torch.compile(net, backend="eager", fullgraph=True)
+        assert_close(compiled(x, t), net(x, t))
+
+
+def test_networks_run_under_autocast_and_on_meta():
+    for net, shape in (
+        (common.UNet(1, 1, 8, 8, (1, 2), 1, (4,)), (2, 1, 8, 8)),
+        (common.MLP(2), (2, 2)),
+    ):
+        with torch.autocast("cpu", torch.bfloat16):
+            assert net(torch.randn(shape), torch.rand(2)).isfinite().all()
+        x, t = torch.empty(shape, device="meta"), torch.empty(2, device="meta")
+        assert net.to("meta")(x, t).device.type == "meta"
+
+
+# ---- The run ------------------------------------------------------------------------------------
+
+
+class Line(torch.nn.Module):
+    """v = w x + b t: a network small enough to follow by hand."""
+
+    def __init__(self):
+        super().__init__()
+        self.w = torch.nn.Parameter(torch.tensor([2.0]))
+        self.b = torch.nn.Parameter(torch.tensor([1.0]))
+
+    def forward(self, x, t):
+        return self.w * x + self.b * t[:, None]
+
+
+def line_loss(run, x):
+    return (run.model(x, torch.ones(len(x))) - 3 * x).square().mean()
+
+
+def line_data():
+    x = torch.linspace(-1, 1, 64)[:, None]
+    y = torch.zeros(64, dtype=torch.long)
+    return common.Data("line", x, y, x, y)
+
+
+def test_schedule(tmp_path):
+    for decay, middle in (("constant", 1.0), ("linear", 0.5), ("cosine", 0.5)):
+        cfg = small_config(tmp_path / decay, steps=110, warmup=10, decay=decay)
+        run = common.Run(cfg, Line(), torch.device("cpu"))
+        rates = []
+        for run.done in (0, 4, 9, 10, 60, 109):
+            rates.append(run._schedule())
+        assert rates[:4] == [0.1, 0.5, 1.0, 1.0]
+        assert rates[4] == pytest.approx(middle)
+        assert rates[5] == (1.0 if decay == "constant" else pytest.approx(0, abs=0.011))
+
+
+def test_ema_follows_its_recursion(tmp_path):
+    cfg = small_config(tmp_path, steps=30, ema=0.8)
+    run = common.Run(cfg, Line(), torch.device("cpu"))
+    average = torch.tensor([2.0])
+    for n, (x, _) in enumerate(run.batches(line_data()), 1):
+        run.step(line_loss(run, x))
+        decay = min(0.8, (1 + n) / (10 + n))
+        average = decay * average + (1 - decay) * run.net.w.detach()
+        assert_close(run.ema.w, average)
+    assert all(p.is_leaf and not p.requires_grad for p in run.ema.parameters())  # no graph grows
+
+
+def test_step_is_adam_on_the_clipped_gradient(tmp_path):
+    cfg = small_config(tmp_path, steps=5, warmup=0, decay="constant", lr=0.1, clip=0.5, ema=None)
+    run = common.Run(cfg, Line(), torch.device("cpu"))
+    net = Line()
+    adam = torch.optim.Adam(net.parameters(), lr=0.1)
+    for x, _ in run.batches(line_data()):
+        adam.zero_grad()
+        (net(x, torch.ones(len(x))) - 3 * x).square().mean().backward()
+        norm = torch.stack([p.grad.square().sum() for p in net.parameters()]).sum().sqrt()
+        for p in net.parameters():
+            p.grad *= min(1.0, 0.5 / norm.item())
+        adam.step()
+        run.step(line_loss(run, x))
+        assert_close(run.net.w, net.w)
+        assert_close(run.ema.w, run.net.w.detach())  # --no-ema: the weights themselves
+
+
+def test_resume_is_exact(tmp_path):
+    def finish(run):
+        for x, _ in run.batches(data):
+            run.step(line_loss(run, x) + 0.1 * torch.randn(()) * run.net.w.sum())
+        return torch.load(run.folder / "checkpoint.pt", weights_only=True)
+
+    data, device = line_data(), torch.device("cpu")
+    cfg = small_config(tmp_path / "whole", steps=30, checkpoint_every=10)
+    torch.manual_seed(0)
+    whole = finish(common.Run(cfg, Line(), device))
+
+    cfg = dataclasses.replace(cfg, out=str(tmp_path / "broken"))
+    torch.manual_seed(0)
+    run = common.Run(cfg, Line(), device)
+    for x, _ in run.batches(data):
+        run.step(line_loss(run, x) + 0.1 * torch.randn(()) * run.net.w.sum())
+        if run.done == 17:
+            break
+    torch.manual_seed(99)
+    resumed = common.Run(dataclasses.replace(cfg, resume=True), Line(), device)
+    assert resumed.done == 10
+    rest = finish(resumed)
+    for part in ("model", "ema"):
+        for key in whole[part]:
+            assert torch.equal(whole[part][key], rest[part][key])
+    assert torch.equal(whole["rng"][0]["cpu"], rest["rng"][0]["cpu"])
+
+
+def test_killed_script_resumes_bit_for_bit(tmp_path):
+    def command(out, *more):
+        script = [sys.executable, str(ROOT / "flow_matching.py"), "--steps", "600", "--width", "32"]
+        quick = ["--nll-examples", "0", "--solver", "euler", "--nfe", "1", "--batch-size", "64"]
+        return [*script, *quick, "--checkpoint-every", "100", "--out", str(tmp_path / out), *more]
+
+    def run(*arguments):
+        subprocess.run(command(*arguments), env=ONE_THREAD, check=True, capture_output=True)
+
+    killed = subprocess.Popen(command("killed"), env=ONE_THREAD, stderr=subprocess.DEVNULL)
+    run("whole")
+    killed.wait()  # both have run alike so far; now the same again, killed in the middle
+    (tmp_path / "killed" / "checkpoint.pt").unlink()
+    killed = subprocess.Popen(command("killed"), env=ONE_THREAD, stderr=subprocess.DEVNULL)
+    while not (tmp_path / "killed" / "checkpoint.pt").exists():
+        assert killed.poll() is None
+        time.sleep(0.002)
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    step = torch.load(tmp_path / "killed" / "checkpoint.pt", weights_only=True)["step"]
+    assert 100 <= step < 600
+    run("killed", "--resume")
+    states = [
+        torch.load(tmp_path / out / "checkpoint.pt", weights_only=True)
+        for out in ("whole", "killed")
+    ]
+    assert states[0]["step"] == states[1]["step"] == 600
+    for part in ("model", "ema"):
+        for key, value in states[0][part].items():
+            assert torch.equal(value, states[1][part][key])
+    lines = (tmp_path / "killed" / "metrics.jsonl").read_text().splitlines()
+    steps = [json.loads(line)["step"] for line in lines if "loss" in line]
+    assert steps == sorted(set(steps))  # nothing is logged twice
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_save_and_stop(tmp_path, number):
+    before = signal.getsignal(number)
+    run = common.Run(small_config(tmp_path, steps=100), Line(), torch.device("cpu"))
+    with pytest.raises(SystemExit) as stopped:  # noqa: PT012
+        for x, _ in run.batches(line_data()):
+            if run.done == 3:
+                os.kill(os.getpid(), number)
+            run.step(line_loss(run, x))
+    assert stopped.value.code == 130
+    assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"] == 4
+    assert signal.getsignal(number) == before
+
+
+def test_nan_stops_and_keeps_the_last_good_checkpoint(tmp_path):
+    run = common.Run(
+        small_config(tmp_path, steps=90, checkpoint_every=20), Line(), torch.device("cpu")
+    )
+    with pytest.raises(UserError, match="nan at step 27.*last good"):  # noqa: PT012
+        for x, _ in run.batches(line_data()):
+            run.step(line_loss(run, x) * (math.nan if run.done == 26 else 1.0))
+    state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    assert state["step"] == 20
+    assert all(value.isfinite().all() for value in state["model"].values())
+
+
+def test_non_finite_weights_are_never_saved(tmp_path):
+    run = common.Run(small_config(tmp_path), Line(), torch.device("cpu"))
+    run.net.w.data.fill_(math.inf)
+    with pytest.raises(UserError, match="weights are not finite"):
+        run.save()
+    assert not (tmp_path / "checkpoint.pt").exists()
+
+
+def test_run_folder(tmp_path):
+    run = common.Run(small_config(tmp_path, steps=60), Line(), torch.device("cpu"))
+    for x, _ in run.batches(line_data()):
+        run.step(line_loss(run, x))
+    run.report("test", nll=1.5)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert {"script", "python", "torch", "device", "steps", "path"} <= config.keys()
+    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in records] == [50, 60, 60]
+    assert records[-1] == {"split": "test", "step": 60, "nll": 1.5}
+    assert {"loss", "lr", "grad_norm", "steps_per_second"} <= records[0].keys()
+    assert not (tmp_path / "checkpoint.tmp").exists()
+
+
+def test_amp_keeps_losses_in_float32(tmp_path):
+    run = common.Run(small_config(tmp_path, amp=True), common.MLP(2), torch.device("cpu"))
+    x = torch.randn(4, 2)
+    v = run.model(x, torch.rand(4))
+    assert v.dtype == torch.float32
+    assert torch.equal(v, v.bfloat16().float())  # and the network did run in bfloat16
+
+
+def test_compile_on_the_cpu(tmp_path):
+    run = common.Run(
+        small_config(tmp_path, compile=True, steps=2), common.MLP(2), torch.device("cpu")
+    )
+    x, t = torch.randn(4, 2), torch.rand(4)
+    assert_close(run.model(x, t), run.net(x, t), rtol=1e-4, atol=1e-5)
+
+
+def _gradient_of_one_of_two(index, out, port):
+    os.environ |= {
+        "RANK": str(index),
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+    }
+    torch.set_num_threads(1)
+    cfg = small_config(out, batch_size=8)
+    device = common.setup(cfg)
+    streams = torch.randn(3)
+    torch.manual_seed(5 + index)  # DistributedDataParallel must make the weights equal itself
+    run = common.Run(cfg, common.MLP(2, width=16), device)
+    x, t, target = joint_batch()
+    half = slice(4 * index, 4 * index + 4)
+    (run.model(x[half], t[half]) - target[half]).square().mean().backward()
+    grads = [p.grad for p in run.net.parameters()]
+    torch.save(
+        {"grads": grads, "state": run.net.state_dict(), "streams": streams}, f"{out}/{index}.pt"
+    )
+    run.finish()
+
+
+def joint_batch():
+    g = torch.Generator().manual_seed(0)
+    x, t = torch.randn(8, 2, generator=g), torch.rand(8, generator=g)
+    return x, t, torch.randn(8, 2, generator=g)
+
+
+def test_two_processes_give_the_gradient_of_one(tmp_path):
+    port = str(20_000 + os.getpid() % 20_000)
+    torch.multiprocessing.spawn(_gradient_of_one_of_two, (str(tmp_path), port), nprocs=2)
+    first, second = (torch.load(tmp_path / f"{i}.pt", weights_only=True) for i in (0, 1))
+    net = common.MLP(2, width=16)
+    net.load_state_dict(first["state"])
+    x, t, target = joint_batch()
+    (net(x, t) - target).square().mean().backward()
+    for p, a, b in zip(net.parameters(), first["grads"], second["grads"], strict=True):
+        assert torch.equal(a, b)
+        assert_close(a, p.grad, rtol=1e-5, atol=1e-7)
+    assert not torch.equal(first["streams"], second["streams"])  # each its own noise
+
+
+# ---- Pictures and figures -----------------------------------------------------------------------
+
+
+def test_density_image_puts_points_where_they_belong():
+    points = torch.tensor([[2.0, 2.5]]).repeat(100, 1)  # right, top
+    image = common.density_image(points, bound=3.0, bins=8, size=64).float().sum(0)
+    row, column = divmod(image.argmax().item(), 64)
+    assert 48 <= column < 64
+    assert 0 <= row < 16
+
+
+def test_save_images(tmp_path):
+    x = torch.linspace(-1, 1, 10)[:, None, None, None].expand(10, 1, 4, 4)
+    common.save_images(tmp_path / "grid.png", x, columns=5)
+    image = Image.open(tmp_path / "grid.png")
+    assert image.size[0] > 300
+    assert image.getextrema()[0] == (0, 255)
+
+
+def test_energy_distance():
+    torch.manual_seed(0)
+    x, y = torch.randn(3000, 1), torch.randn(3000, 1)
+    # N(0,1) against N(m,1): 2 E|N(m, 2)| - 2 E|N(0, 2)|, a folded normal
+    m, s = 1.5, math.sqrt(2)
+    folded = s * math.sqrt(2 / math.pi) * math.exp(-(m**2) / 4) + m * math.erf(m / 2)
+    expected = 2 * folded - 2 * s * math.sqrt(2 / math.pi)
+    assert common.energy_distance(x, y) == pytest.approx(0, abs=0.005)
+    assert common.energy_distance(x, y + m) == pytest.approx(expected, abs=0.08)
+
+
+@dataclass
+class Odd(common.Config):
+    share: common.Fraction = 0.5  # a share of 100 %
+    mult: common.Sizes = (1, 2)  # sizes
+    depth: common.Count | None = 3  # depth
+
+
+def test_config_precedence_and_kinds(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    presets = {"moons": {"steps": 7, "lr": 0.5}}
+    assert common.parse(Odd, presets, []).steps == 10_000
+    cfg = common.parse(
+        Odd, presets, ["--dataset", "moons", "--lr", "0.1", "--mult", "1,3,4", "--no-depth"]
+    )
+    assert (cfg.steps, cfg.lr, cfg.mult, cfg.depth) == (7, 0.1, (1, 3, 4), None)
+    assert cfg.out == "runs/test_common-moons"
+    assert common.parse(Odd, presets, ["--no-ema"]).ema is None
+    assert common.parse(Odd, presets, ["--flip", "--no-amp"]).flip
+    with pytest.raises(UserError, match="share.*0, 1"):
+        common.parse(Odd, presets, ["--share", "1.5"])
+
+
+def test_help_shows_every_field(capsys):
+    with pytest.raises(SystemExit) as done:
+        common.parse(flow_matching.Config, flow_matching.PRESETS, ["--help"])
+    assert done.value.code == 0
+    text = capsys.readouterr().out
+    for field in dataclasses.fields(flow_matching.Config):
+        assert "--" + field.name.replace("_", "-") in text
+    assert "peak learning rate of Adam" in text
+
+
+def test_a_run_never_destroys_another(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def out(*argv):
+        return common.parse(Odd, {}, list(argv)).out
+
+    def occupy(folder):
+        run = common.Run(Odd(out=folder), Line(), torch.device("cpu"))
+        run.save()
+
+    with pytest.raises(UserError, match="nothing to resume"):
+        out("--resume")
+    first = out()
+    occupy(first)
+    assert out() == first + "-2"
+    Path(first + "-2").mkdir()
+    assert out() == first + "-2"  # a folder without a checkpoint may be used again
+    occupy(first + "-2")
+    assert out() == first + "-3"
+    assert out("--resume") == first + "-2"
+    with pytest.raises(UserError, match="--resume"):
+        out("--out", first)
+    assert out("--out", first, "--resume") == first
+    assert out("--sample", first + "/checkpoint.pt") == first + "/samples"
