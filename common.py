@@ -85,12 +85,18 @@ def cli(main, config_class, presets):
     """Run `main(cfg)` on the command line's settings; a UserError ends as one line, exit code 2."""
     try:
         main(parse(config_class, presets))
-    except (UserError, torch.OutOfMemoryError) as error:
+    except (UserError, RuntimeError) as error:
+        if not (isinstance(error, UserError) or _is_memory_shortage(error)):
+            raise
         line = " ".join(str(error).split())
         print(f"{Path(sys.argv[0]).name}: error: {line}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None
+
+
+def _is_memory_shortage(error):
+    return isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
 
 
 def parse(config_class, presets, argv=None):
@@ -167,21 +173,23 @@ def _add_flag(parser, field, kind, text):
         parser.add_argument(f"--{flag}", type=convert, metavar=name.upper(), **options)
 
 
-def _default_out(cfg, occupied=False):
-    """runs/<script>-<dataset>, or -2, -3 …: the first free folder, or the last that is occupied.
-
-    With --sample, the numbered folder is `samples` beside the checkpoint.
-    """
-    stem = Path("runs", f"{cfg.script}-{Path(cfg.dataset).resolve().name}")
-    holds = "checkpoint.pt"
-    if cfg.sample:
-        stem, holds = Path(cfg.sample).parent / "samples", "samples.png"
-    number, last, path = 1, None, stem
+def numbered_folders(stem, holds="checkpoint.pt"):
+    """stem, stem-2, stem-3 …: the last that holds the file (or None), and the first free one."""
+    number, last, path = 1, None, Path(stem)
     while Path(path, holds).exists():
-        number, last, path = number + 1, path, Path(f"{stem}-{number + 1}")
+        number, last, path = number + 1, str(path), Path(f"{stem}-{number + 1}")
+    return last, str(path)
+
+
+def _default_out(cfg, occupied=False):
+    """runs/<script>-<dataset>; with --sample, `samples` beside the checkpoint; numbered."""
+    if cfg.sample:
+        return numbered_folders(Path(cfg.sample).parent / "samples", holds="samples.png")[1]
+    stem = Path("runs", f"{cfg.script}-{Path(cfg.dataset).resolve().name}")
+    last, free = numbered_folders(stem)
     if occupied and last is None:
         raise UserError(f"nothing to resume: {stem} holds no checkpoint (or name it by --out)")
-    return str(last if occupied else path)
+    return last if occupied else free
 
 
 def load_checkpoint(path, script, device="cpu", mmap=False):
@@ -534,7 +542,6 @@ class UNet(nn.Module):
         channels, mult, blocks: level i has channels * mult[i] channels and `blocks` blocks;
             each level halves the resolution of the one before.
         attention: the resolutions (sides in pixels, of images with side `size`) that get attention.
-        patch: the network works on patch x patch pixels folded into channels: faster, coarser.
     """
 
     def __init__(
@@ -549,16 +556,15 @@ class UNet(nn.Module):
         head_channels=64,
         dropout=0.0,
         num_classes=0,
-        patch=1,
     ):
         super().__init__()
-        self.channels, self.patch = channels, patch
+        self.channels = channels
         emb = 4 * channels
         self.time = nn.Sequential(nn.Linear(channels, emb), nn.SiLU(), nn.Linear(emb, emb))
         self.label = nn.Embedding(num_classes, emb) if num_classes else None
-        self.stem = nn.Conv2d(in_channels * patch**2, channels, 3, padding=1)
+        self.stem = nn.Conv2d(in_channels, channels, 3, padding=1)
         self.down, self.up = nn.ModuleList(), nn.ModuleList()
-        side, width, widths = math.ceil(size / patch), channels, [channels]
+        side, width, widths = size, channels, [channels]
 
         def stage(c_in, c_out):
             heads = max(1, c_out // head_channels) if side in attention else 0
@@ -582,8 +588,8 @@ class UNet(nn.Module):
                 width = channels * m
             if level:
                 self.up.append(Upsample(width))
-                side = math.ceil(size / patch / 2 ** (level - 1))
-        out = zeroed(nn.Conv2d(width, (out_channels or in_channels) * patch**2, 3, padding=1))
+                side = math.ceil(size / 2 ** (level - 1))
+        out = zeroed(nn.Conv2d(width, out_channels or in_channels, 3, padding=1))
         self.output = nn.Sequential(group_norm(width), nn.SiLU(), out)
 
     def forward(self, x, t, y=None):
@@ -591,7 +597,7 @@ class UNet(nn.Module):
         if y is not None:
             emb = emb + self.label(y)
         emb = F.silu(emb)  # (B, 4 channels)
-        h = self.stem(F.pixel_unshuffle(x, self.patch))
+        h = self.stem(x)
         skips = [h]
         for layer in self.down:
             h = layer(h, emb)
@@ -603,7 +609,7 @@ class UNet(nn.Module):
                 h = layer(h, skips[-1].shape[-2:])
             else:
                 h = layer(torch.cat([h, skips.pop()], dim=1), emb)
-        return F.pixel_shuffle(self.output(h), self.patch)
+        return self.output(h)
 
 
 def group_norm(channels):
@@ -985,7 +991,8 @@ class Run:
     """
 
     def __init__(self, cfg, net, device):
-        self.cfg, self.net, self.device = cfg, net.to(device), device
+        layout = torch.channels_last if device.type == "cuda" else torch.preserve_format
+        self.cfg, self.net, self.device = cfg, net.to(device, memory_format=layout), device
         self.folder = Path(cfg.out)
         if cfg.batch_size % world_size():
             raise UserError(

@@ -54,9 +54,8 @@ def row(title, seconds, unit, amount):
 
 
 def unets(channels, side, preset, device):
-    """U-Nets of the same channels, blocks and attention, on patch-folded images if we fold them."""
-    fold = preset.get("patch", 1)
-    c, side = channels * fold**2, side // fold
+    """U-Nets of the same channels, blocks and attention."""
+    c = channels
     width, mult, blocks = preset["width"], preset["mult"], preset.get("blocks", 2)
     attention = [r for r in preset["attention"] if side % r == 0 and (side // r) in (1, 2, 4, 8)]
     nets = {"ours": common.UNet(c, c, side, width, mult, blocks, attention)}

@@ -84,7 +84,7 @@ def test_train_resume_sample(run, path):
 
 def test_images_of_a_folder(run, tmp_path):
     images = write_images(tmp_path / "pictures")
-    arguments = [*TINY_IMAGES, "--dataset", images, "--image-size", "16", "--patch", "2", "--flip"]
+    arguments = [*TINY_IMAGES, "--dataset", images, "--image-size", "16", "--flip"]
     code, _, err = run(*arguments, "--num-samples", "3", "--nll-samples", "2")
     assert code == 0, err
     folder = Path("runs/flow_matching-pictures")
@@ -206,13 +206,13 @@ BAD_FLAGS = [
     ("--upsample 2", "needs images"),
     ("--upsample 3 --dataset glyphs", "whose side it divides"),
     ("--upsample 2 --dataset glyphs --num-samples 4", "--num-samples"),
-    ("--patch 3 --dataset glyphs", "does not divide the side 28"),
     ("--image-size 8", "not made of images"),
     ("--flip", "not made of images"),
     ("--resume", "nothing to resume"),
     ("--resume --out nowhere", "no checkpoint at nowhere"),
     ("--sample nowhere.pt", "no checkpoint at nowhere.pt"),
     ("--sample a.pt --resume", "choose one of them"),
+    ("--batch-size 9000000000000", "allocate memory"),
     ("--lr 1e30 --clip 1e30 --steps 60 --nll-examples 0", "(loss is|not finite)"),
 ]
 

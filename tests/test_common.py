@@ -380,12 +380,9 @@ def test_time_embedding_tells_times_apart():
     assert torch.cdist(emb, emb).add(torch.eye(101) * 9).min() > 0.1
 
 
-@pytest.mark.parametrize("patch", [1, 2])
 @pytest.mark.parametrize(("size", "mult"), [(28, (1, 2, 2)), (32, (1, 2)), (20, (1, 1, 2, 2))])
-def test_unet_shapes(size, mult, patch):
-    net = common.UNet(
-        3, 5, size, channels=8, mult=mult, blocks=1, attention=(7,), num_classes=4, patch=patch
-    )
+def test_unet_shapes(size, mult):
+    net = common.UNet(3, 5, size, channels=8, mult=mult, blocks=1, attention=(7,), num_classes=4)
     torch.manual_seed(0)
     x, t, y = torch.randn(2, 3, size, size), torch.rand(2), torch.tensor([1, 3])
     assert net(x, t, y).shape == (2, 5, size, size)
