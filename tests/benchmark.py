@@ -60,12 +60,13 @@ def unets(channels, side, preset, device):
     attention = [r for r in preset["attention"] if side % r == 0 and (side // r) in (1, 2, 4, 8)]
     nets = {"ours": common.UNet(c, c, side, width, mult, blocks, attention)}
     try:
-        from torchcfm.models.unet.unet import UNetModelWrapper
+        import torchcfm.models.unet.unet as torchcfm_unet
     except ImportError:
         print("torchcfm is not installed")
     else:
         resolutions = ",".join(map(str, attention))
-        net = UNetModelWrapper(
+        torchcfm_unet.normalization = common.group_norm  # its own wants multiples of 32 channels
+        net = torchcfm_unet.UNetModelWrapper(
             dim=(c, side, side),
             num_channels=width,
             num_res_blocks=blocks,
@@ -91,7 +92,7 @@ def unets(channels, side, preset, device):
             block_out_channels=[width * m for m in mult],
             down_block_types=["AttnDownBlock2D" if a else "DownBlock2D" for a in has],
             up_block_types=["AttnUpBlock2D" if a else "UpBlock2D" for a in reversed(has)],
-            attention_head_dim=64 if width % 64 == 0 else width,
+            attention_head_dim=64,
             resnet_time_scale_shift="scale_shift",
             norm_num_groups=16 if width % 32 else 32,
         )
