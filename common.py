@@ -1179,8 +1179,9 @@ class Run:
             self.folder.mkdir(parents=True, exist_ok=True)
             metrics = self.folder / "metrics.jsonl"
             lines = metrics.read_text().splitlines(True) if metrics.exists() else []
-            goes_on = self.cfg.resume and "split"
-            kept = [line for line in lines if goes_on and json.loads(line)["step"] <= self.done]
+            if not self.cfg.resume:
+                lines = []
+            kept = [line for line in lines if json.loads(line)["step"] <= self.done]
             metrics.write_text("".join(kept))
             about["device"] = f"{self.device} ({platform.processor() or platform.machine()})"
             (self.folder / "config.json").write_text(json.dumps(about, indent=2) + "\n")
