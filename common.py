@@ -1181,7 +1181,10 @@ class Run:
             lines = metrics.read_text().splitlines(True) if metrics.exists() else []
             if not self.cfg.resume:
                 lines = []
-            kept = [line for line in lines if json.loads(line)["step"] <= self.done]
+            kept = []
+            for line in lines:
+                with suppress(ValueError):  # a killed run may have left half a line
+                    kept += [line] if json.loads(line)["step"] <= self.done else []
             metrics.write_text("".join(kept))
             about["device"] = f"{self.device} ({platform.processor() or platform.machine()})"
             (self.folder / "config.json").write_text(json.dumps(about, indent=2) + "\n")

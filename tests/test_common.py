@@ -562,6 +562,8 @@ def test_killed_script_resumes_bit_for_bit(tmp_path):
     killed.wait()
     step = torch.load(tmp_path / "killed" / "checkpoint.pt", weights_only=True)["step"]
     assert 100 <= step < 600
+    with open(tmp_path / "killed" / "metrics.jsonl", "a") as file:
+        file.write('{"step": 1')  # killed in the middle of a line
     run("killed", "--resume")
     states = [
         torch.load(tmp_path / out / "checkpoint.pt", weights_only=True)
