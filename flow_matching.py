@@ -365,14 +365,15 @@ def evaluate_vectors(cfg, run, data, path):
         if data.entropy is not None:
             figures |= {"entropy": data.entropy, "gap": figures["nll"] - data.entropy}
         run.report("test", **figures, nll_evaluations=nfe)
-    times = torch.linspace(0, path.t_max, 5)
     x_0 = torch.randn(50_000, *data.shape, device=run.device)
-    x, nfe = sample(v, x_0, path, times, **solver_options(cfg))  # (5, N, 2)
-    distance = common.energy_distance(x[-1][:5_000], data.test[:5_000])
+    x_1, nfe = sample(v, x_0, path, **solver_options(cfg))
+    distance = common.energy_distance(x_1[:5_000], data.test[:5_000])
     run.report("samples", energy_distance=distance, sampling_evaluations=nfe)
     bound = 1.3 * data.test[:10_000].abs().max().item()
     panels = [("data", common.density_image(data.test[:50_000], bound))]
-    for t, x_t in zip(times.tolist(), x, strict=True):
+    times = torch.linspace(0, path.t_max, 5)
+    frames, _ = sample(v, x_0[:20_000], path, times[:-1], method="rk4", steps=5)  # (4, N, 2)
+    for t, x_t in zip(times.tolist(), [*frames, x_1], strict=True):
         panels.append((f"t = {t:.2f}", common.density_image(x_t, bound)))
     lines, _ = sample(v, x_0[:300], path, torch.linspace(0, path.t_max, 41), method="rk4", steps=5)
     panels.append(("paths", common.trajectory_image(lines, bound)))

@@ -77,7 +77,7 @@ def test_train_resume_sample(run, path):
     before = (folder / "checkpoint.pt").read_bytes()
     code, out, _ = run("--sample", folder / "checkpoint.pt", "--solver", "heun", "--nfe", "4")
     assert code == 0
-    assert "sampling_evaluations 16" in out  # 4 evaluations in each of the picture's 4 intervals
+    assert "sampling_evaluations 4\n" in out  # as many as asked for
     assert (folder / "samples" / "samples.png").exists()
     assert (folder / "checkpoint.pt").read_bytes() == before
 
@@ -363,9 +363,8 @@ def test_every_item_of_the_card_is_tagged_in_the_code(script):
             f"{item} is not tagged in {script}.py"
         )
     assert len(card.splitlines()) <= 30
-    assert code.index("# ---- Conditional") < 100 * 100 or script != "flow_matching"
     heading = source[: source.index("\nclass Path" if script == "flow_matching" else "\ndef ")]
-    assert heading.count("\n") <= 120
+    assert heading.count("\n") < 100  # the mathematics starts early
 
 
 def test_scripts_do_not_import_each_other():
