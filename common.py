@@ -23,6 +23,7 @@ import sys
 import time
 import types
 import typing
+import zlib
 from contextlib import redirect_stdout, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,7 +69,7 @@ class Config:
     ema: Fraction | None = 0.999  # decay of the weights' moving average, which is what samples
     seed: Natural = 0  # of everything random but the embedded data sets
     device: str = "auto"  # auto (cuda, else mps, else cpu) or a torch device
-    amp: bool = False  # train the network under bfloat16 autocast
+    amp: Literal["off", "on", "auto"] = "off"  # train in bfloat16; auto: if the CPU is made for it
     compile: bool = False  # train the network under torch.compile
     out: str | None = None  # the run's folder (default: a new runs/<script>-<dataset>)
     resume: bool = False  # go on from the checkpoint in the run's folder, up to --steps
@@ -612,6 +613,23 @@ class UNet(nn.Module):
         return self.output(h)
 
 
+def network(cfg, data, in_channels=None, num_classes=0):
+    """The MLP or the U-Net for the data, of cfg's width, blocks, mult, attention and dropout."""
+    if not data.is_image:
+        return MLP(data.shape[0], width=cfg.width, blocks=cfg.blocks, num_classes=num_classes)
+    return UNet(
+        in_channels or data.shape[0],
+        data.shape[0],
+        data.shape[1],
+        cfg.width,
+        cfg.mult,
+        cfg.blocks,
+        cfg.attention or (),
+        dropout=cfg.dropout,
+        num_classes=num_classes,
+    )
+
+
 def group_norm(channels):
     return nn.GroupNorm(math.gcd(32, channels), channels)
 
@@ -759,6 +777,15 @@ def odeint(f, x, t, method="dopri5", *, steps=None, rtol=1e-5, atol=1e-5, max_st
     else:
         solution = states[-1]
     return (solution if is_tuple else solution[0]), evaluations
+
+
+def solver_options(cfg):
+    """odeint's keywords from cfg's solver, nfe (evaluations of a fixed step) and tol."""
+    if cfg.solver == "dopri5":
+        return {"method": "dopri5", "rtol": cfg.tol, "atol": cfg.tol}
+    if cfg.nfe < evaluations_per_step(cfg.solver):
+        raise UserError(f"--nfe {cfg.nfe} is less than one step of {cfg.solver}")
+    return {"method": cfg.solver, "steps": cfg.nfe // evaluations_per_step(cfg.solver)}
 
 
 def evaluations_per_step(method):
@@ -934,6 +961,11 @@ def bits_per_dim(log_p, dims):
     return -log_p / (dims * math.log(2)) + 7
 
 
+def standard_error(x):
+    """Of the mean of independent values x (N,)."""
+    return (x.std() / math.sqrt(len(x))).item()
+
+
 def energy_distance(x, y):
     """Unbiased estimate of 2 E|X - Y| - E|X - X'| - E|Y - Y'| from (N, D) and (M, D) points."""
     n, m = len(x), len(y)
@@ -977,6 +1009,12 @@ def setup(cfg):
     return device
 
 
+def has_bfloat16_units(device):
+    """Whether the device is a CPU that multiplies bfloat16 matrices (AMX, AVX512-BF16)."""
+    supported = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    return device.type == "cpu" and supported
+
+
 class Run:
     """What stands around a training loop, so that the loop reads like the paper's algorithm:
 
@@ -987,13 +1025,18 @@ class Run:
     It writes config.json, metrics.jsonl and checkpoint.pt to cfg.out. A run that was killed at any
     moment and resumed ends with the same weights, bit for bit (on one device and thread count).
 
+    A paper of several trainings makes one Run for each, in the same folder, and names the later
+    ones by `stage`: each has cfg.steps steps and its own checkpoint-<stage>.pt. `optimizer`: a
+    function of the parameters, instead of Adam.
+
     Attributes: `net` the network; `ema` its moving average, to sample from; `done` steps; `folder`.
     """
 
-    def __init__(self, cfg, net, device):
+    def __init__(self, cfg, net, device, stage="", optimizer=None):
         layout = torch.channels_last if device.type == "cuda" else torch.preserve_format
         self.cfg, self.net, self.device = cfg, net.to(device, memory_format=layout), device
-        self.folder = Path(cfg.out)
+        self.folder, self.stage = Path(cfg.out), stage
+        self.file = self.folder / (f"checkpoint-{stage}.pt" if stage else "checkpoint.pt")
         if cfg.batch_size % world_size():
             raise UserError(
                 f"--batch-size {cfg.batch_size} does not divide by {world_size()} processes"
@@ -1002,21 +1045,36 @@ class Run:
         if world_size() > 1:
             self._forward = nn.parallel.DistributedDataParallel(self._forward)
         self.ema = copy.deepcopy(net).eval().requires_grad_(False)
-        self.optimizer = torch.optim.Adam(net.parameters(), lr=cfg.lr, fused=True)
+        parameters = list(net.parameters())
+        self.optimizer = (
+            optimizer(parameters)
+            if optimizer
+            else torch.optim.Adam(parameters, lr=cfg.lr, fused=True)
+        )
+        self._amp = cfg.amp == "on" or (cfg.amp == "auto" and has_bfloat16_units(device))
         self.done, self._losses, self._stop = 0, [], False
-        self._parameters = list(net.parameters())
+        self._parameters = parameters
         self._ema_parameters = list(self.ema.parameters())
-        if cfg.resume or cfg.sample:
-            self._load(cfg.sample or self.folder / "checkpoint.pt")
+        if stage:  # whether the stages before were trained or loaded, the noise is the same
+            torch.manual_seed(cfg.seed + rank() + zlib.crc32(stage.encode()))
+        if cfg.sample:
+            self._load(Path(cfg.sample).with_name(self.file.name) if stage else cfg.sample)
+        elif cfg.resume and (self.file.exists() or not stage):
+            self._load(self.file)
         self._open_folder()
 
     def model(self, *inputs):
         """The network in training: compiled, distributed, under autocast; the result is float32."""
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.cfg.amp):
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self._amp):
             return self._forward(*inputs).float()
 
     def batches(self, data):
-        """Batches (x, y) up to step cfg.steps. SIGINT or SIGTERM saves a checkpoint and exits."""
+        """data.batch(n), such as (x, y), for every step up to cfg.steps."""
+        for _ in self.steps():
+            yield data.batch(self.cfg.batch_size // world_size())
+
+    def steps(self):
+        """The numbers of the steps up to cfg.steps. SIGINT or SIGTERM saves and exits."""
         self.net.train()
         started_at = self.done
         self._saved_at = self._logged_at = time.monotonic()
@@ -1024,12 +1082,16 @@ class Run:
         old_handlers = {number: signal.signal(number, self._on_signal) for number in signals}
         to_file = 0.1 if sys.stderr.isatty() else 30  # seconds between refreshes
         self.bar = tqdm(
-            total=self.cfg.steps, initial=self.done, disable=rank() > 0, mininterval=to_file
+            desc=self.stage or None,
+            total=self.cfg.steps,
+            initial=self.done,
+            disable=rank() > 0,
+            mininterval=to_file,
         )
         try:
             while self.done < self.cfg.steps:
-                yield data.batch(self.cfg.batch_size // world_size())
-            if self.done > started_at or not (self.folder / "checkpoint.pt").exists():
+                yield self.done
+            if self.done > started_at or not self.file.exists():
                 self.save()
         finally:
             self.bar.close()
@@ -1088,8 +1150,8 @@ class Run:
         self._losses = []
         for step, loss in enumerate(losses, first):
             if not math.isfinite(loss):
-                kept = self.folder / "checkpoint.pt"
-                kept = f"{kept} is the last good one" if kept.exists() else "nothing was saved"
+                saved = self.file.exists()
+                kept = f"{self.file} is the last good one" if saved else "nothing was saved"
                 raise UserError(f"the loss is {loss} at step {step}; {kept}; try a smaller --lr")
         now = time.monotonic()
         mean, rate = sum(losses) / len(losses), len(losses) / (now - self._logged_at)
@@ -1113,6 +1175,7 @@ class Run:
 
     def _write(self, **record):
         if rank() == 0:
+            record = {"stage": self.stage, **record} if self.stage else record
             with open(self.folder / "metrics.jsonl", "a") as file:
                 file.write(json.dumps(record) + "\n")
 
@@ -1145,12 +1208,12 @@ class Run:
             "optimizer": self.optimizer.state_dict(),
             "rng": every_rng,
         }
-        temporary = self.folder / "checkpoint.tmp"
+        temporary = self.file.with_suffix(".tmp")
         with open(temporary, "wb") as file:
             torch.save(state, file)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, self.folder / "checkpoint.pt")
+        os.replace(temporary, self.file)
 
     def _load(self, path):
         state = load_checkpoint(path, self.cfg.script, self.device)
@@ -1170,7 +1233,7 @@ class Run:
                 getattr(torch, self.device.type).set_rng_state(rng["device"].cpu())
 
     def _open_folder(self):
-        """Make the folder, write config.json, and drop metrics past the step that we go on from."""
+        """Make the folder, write config.json, drop the metrics that this run will write again."""
         if rank() > 0:
             return
         versions = {"python": platform.python_version(), "torch": torch.__version__}
@@ -1179,19 +1242,35 @@ class Run:
             self.folder.mkdir(parents=True, exist_ok=True)
             metrics = self.folder / "metrics.jsonl"
             lines = metrics.read_text().splitlines(True) if metrics.exists() else []
-            if not self.cfg.resume:
-                lines = []
-            kept = []
-            for line in lines:
-                with suppress(ValueError):  # a killed run may have left half a line
-                    kept += [line] if json.loads(line)["step"] <= self.done else []
-            metrics.write_text("".join(kept))
+            metrics.write_text("".join(line for line in lines if self._is_past(line)))
             about["device"] = f"{self.device} ({platform.processor() or platform.machine()})"
             (self.folder / "config.json").write_text(json.dumps(about, indent=2) + "\n")
         except OSError as error:
             raise UserError(
                 f"cannot write to {self.folder}: {error.strerror}; choose --out"
             ) from None
+
+    def _is_past(self, line):
+        """Whether a line of metrics.jsonl stands, and will not be written again."""
+        try:
+            record = json.loads(line)
+        except ValueError:  # a killed run may have left half a line
+            return False
+        if record.get("stage", "") != self.stage:
+            return bool(self.cfg.resume or self.stage)
+        return record["step"] < self.done or (record["step"] == self.done and "loss" in record)
+
+    def write_samples(self, draw):
+        """cfg.num_samples of draw(n) to samples.npz, in batches: images uint8 (N, H, W, C), the
+        layout that public evaluators of FID read, or vectors float32 (N, D)."""
+        total, size = self.cfg.num_samples, self.cfg.batch_size
+        batches = []
+        for i in tqdm(range(0, total, size), "sampling", disable=rank() > 0, leave=False):
+            x = draw(min(size, total - i))
+            batches.append((to_uint8(x).permute(0, 2, 3, 1) if x.ndim == 4 else x).cpu())
+        path = self.folder / "samples.npz"
+        np.savez(path, torch.cat(batches).numpy())
+        self.say(f"wrote {total} samples to {path}")
 
     def finish(self):
         """Leave the process group. True where the evaluation goes on: in process 0."""

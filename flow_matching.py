@@ -25,7 +25,6 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -316,23 +315,6 @@ def conditioned(net, low):
 # ---- Training and evaluation --------------------------------------------------------------------
 
 
-def network(cfg, data):
-    if not data.is_image:
-        return common.MLP(data.shape[0], width=cfg.width, blocks=cfg.blocks)
-    channels, side = data.shape[0], data.shape[1]
-    inputs = channels if cfg.upsample == 1 else 2 * channels
-    return common.UNet(
-        inputs,
-        channels,
-        side,
-        cfg.width,
-        cfg.mult,
-        cfg.blocks,
-        cfg.attention or (),
-        dropout=cfg.dropout,
-    )
-
-
 def train(cfg, run, data, path):
     """Regress v_t(psi_t(x_0)) on d psi_t(x_0) / dt: Sec. 3.2 and Sec. 4."""
     loss_of = LOSSES[cfg.objective]
@@ -348,12 +330,6 @@ def train(cfg, run, data, path):
         run.step(loss)
 
 
-def solver_options(cfg):
-    if cfg.solver == "dopri5":
-        return {"method": "dopri5", "rtol": cfg.tol, "atol": cfg.tol}
-    return {"method": cfg.solver, "steps": cfg.nfe // common.evaluations_per_step(cfg.solver)}
-
-
 def evaluate_vectors(cfg, run, data, path):
     """2-D data: likelihood against the entropy, energy distance, and Fig. 4's picture."""
     v = vector_field(run.ema, path, cfg.objective)
@@ -361,12 +337,12 @@ def evaluate_vectors(cfg, run, data, path):
     if len(test):
         tolerances = {"rtol": cfg.tol, "atol": cfg.tol}
         log_p, nfe = log_prob(v, test, path, cfg.divergence, **tolerances)
-        figures = {"nll": -log_p.mean().item(), "standard_error": standard_error(log_p)}
+        figures = {"nll": -log_p.mean().item(), "standard_error": common.standard_error(log_p)}
         if data.entropy is not None:
             figures |= {"entropy": data.entropy, "gap": figures["nll"] - data.entropy}
         run.report("test", **figures, nll_evaluations=nfe)
     x_0 = torch.randn(50_000, *data.shape, device=run.device)
-    x_1, nfe = sample(v, x_0, path, **solver_options(cfg))
+    x_1, nfe = sample(v, x_0, path, **common.solver_options(cfg))
     distance = common.energy_distance(x_1[:5_000], data.test[:5_000])
     run.report("samples", energy_distance=distance, sampling_evaluations=nfe)
     bound = 1.3 * data.test[:10_000].abs().max().item()
@@ -388,7 +364,7 @@ def evaluate_images(cfg, run, data, path):
     shown = None if low is None else low[:16]
     x_0 = torch.randn(64 if low is None else len(shown), c, h, w, device=run.device)
     v = vector_field(conditioned(run.ema, shown), path, cfg.objective)
-    x, nfe = sample(v, x_0, path, **solver_options(cfg))
+    x, nfe = sample(v, x_0, path, **common.solver_options(cfg))
     run.report("samples", sampling_evaluations=nfe)
     if low is not None:
         run.report("samples", psnr=psnr(x, test[:16]), psnr_bicubic=psnr(shown, test[:16]))
@@ -408,12 +384,8 @@ def evaluate_images(cfg, run, data, path):
         )
     if log_ps:
         bpd = common.bits_per_dim(torch.cat(log_ps), c * h * w)  # App. C
-        figures = {"bits_per_dim": bpd.mean().item(), "standard_error": standard_error(bpd)}
+        figures = {"bits_per_dim": bpd.mean().item(), "standard_error": common.standard_error(bpd)}
         run.report("test", **figures, examples=len(bpd), dequantisations=cfg.nll_samples)
-
-
-def standard_error(x):
-    return (x.std() / math.sqrt(len(x))).item()
 
 
 def psnr(x, reference):
@@ -422,18 +394,11 @@ def psnr(x, reference):
     return (10 * torch.log10(4 / mse)).mean().item()
 
 
-def write_samples(cfg, run, data, path):
-    """--num-samples images or vectors, in batches, to samples.npz."""
+def draw(cfg, run, data, path, n):
+    """n unconditional samples."""
     v = vector_field(run.ema, path, cfg.objective)
-    batches = []
-    for i in range(0, cfg.num_samples, cfg.batch_size):
-        n = min(cfg.batch_size, cfg.num_samples - i)
-        x, _ = sample(
-            v, torch.randn(n, *data.shape, device=run.device), path, **solver_options(cfg)
-        )
-        batches.append(common.to_uint8(x).permute(0, 2, 3, 1) if data.is_image else x)
-    np.savez(run.folder / "samples.npz", torch.cat(batches).cpu().numpy())
-    run.say(f"wrote {cfg.num_samples} samples to {run.folder / 'samples.npz'}")
+    x_0 = torch.randn(n, *data.shape, device=run.device)
+    return sample(v, x_0, path, **common.solver_options(cfg))[0]
 
 
 def compare(cfg):
@@ -474,15 +439,16 @@ def prepare(cfg):
     data = common.load_data(cfg, device)
     check(cfg, data)
     path = OT(cfg.sigma_min) if cfg.path == "ot" else PATHS[cfg.path]()
-    return common.Run(cfg, network(cfg, data), device), data, path
+    inputs = data.shape[0] * (1 if cfg.upsample == 1 else 2)  # with the low-resolution channels
+    net = common.network(cfg, data, in_channels=inputs)
+    return common.Run(cfg, net, device), data, path
 
 
 def check(cfg, data):
     """Refuse settings that do not go together."""
     if cfg.objective != "cfm" and cfg.path != "vp":
         raise UserError(f"--objective {cfg.objective} is a loss for the VP path: add --path vp")
-    if cfg.solver != "dopri5" and cfg.nfe < common.evaluations_per_step(cfg.solver):
-        raise UserError(f"--nfe {cfg.nfe} is less than one step of {cfg.solver}")
+    common.solver_options(cfg)
     if cfg.compare and data.is_image:
         raise UserError("--compare is made for 2-D data: choose a --dataset such as checkerboard")
     if cfg.upsample > 1 and not (data.is_image and data.shape[1] % cfg.upsample == 0):
@@ -503,7 +469,7 @@ def main(cfg):
     evaluate = evaluate_images if data.is_image else evaluate_vectors
     evaluate(cfg, run, data, path)
     if cfg.num_samples:
-        write_samples(cfg, run, data, path)
+        run.write_samples(lambda n: draw(cfg, run, data, path, n))
     run.say(f"see {run.folder / 'samples.png'}")
 
 

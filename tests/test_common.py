@@ -541,6 +541,50 @@ def test_resume_is_exact(tmp_path):
     assert torch.equal(whole["rng"][0]["cpu"], rest["rng"][0]["cpu"])
 
 
+def test_two_stages_resume_exactly(tmp_path):
+    """Each stage has its own checkpoint; a stage's noise does not depend on how the last one was
+    reached; metrics.jsonl keeps one line for each step and figure of each stage."""
+
+    def stages(cfg, stop=None):
+        run = common.Run(cfg, Line(), device)
+        for x, _ in run.batches(data):
+            run.step(line_loss(run, x) + 0.1 * torch.randn(()) * run.net.w.sum())
+        run.report("test", figure=1.0)
+        torch.randn(7)  # as an evaluation might
+        second = common.Run(cfg, run.net, device, stage="second", optimizer=torch.optim.SGD)
+        for x, _ in second.batches(data):
+            second.step(line_loss(second, x) + 0.1 * torch.randn(()) * second.net.w.sum())
+            if second.done == stop:
+                return second
+        second.report("test", figure=2.0)
+        return second
+
+    data, device = line_data(), torch.device("cpu")
+    cfg = small_config(tmp_path / "whole", steps=30, checkpoint_every=10)
+    torch.manual_seed(0)
+    whole = stages(cfg)
+    assert isinstance(whole.optimizer, torch.optim.SGD)
+    assert sorted(path.name for path in whole.folder.glob("*.pt")) == [
+        "checkpoint-second.pt",
+        "checkpoint.pt",
+    ]
+    cfg = dataclasses.replace(cfg, out=str(tmp_path / "broken"))
+    torch.manual_seed(0)
+    stages(cfg, stop=17)
+    torch.manual_seed(99)
+    rest = stages(dataclasses.replace(cfg, resume=True))
+    assert torch.equal(whole.net.w, rest.net.w)
+    assert torch.equal(whole.ema.w, rest.ema.w)
+    lines = (tmp_path / "broken" / "metrics.jsonl").read_text().splitlines()
+    kept = [(r.get("stage"), r["step"], "split" in r) for r in map(json.loads, lines)]
+    assert kept == [
+        (None, 30, False), (None, 30, True), ("second", 30, False), ("second", 30, True),
+    ]  # fmt: skip
+    (tmp_path / "broken" / "checkpoint-second.pt").unlink()  # killed before its first checkpoint
+    again = stages(dataclasses.replace(cfg, resume=True))
+    assert torch.equal(whole.net.w, again.net.w)
+
+
 def test_killed_script_resumes_bit_for_bit(tmp_path):
     def command(out, *more):
         script = [sys.executable, str(ROOT / "flow_matching.py"), "--steps", "600", "--width", "32"]
@@ -627,7 +671,7 @@ def test_run_folder(tmp_path):
 
 
 def test_amp_keeps_losses_in_float32(tmp_path):
-    run = common.Run(small_config(tmp_path, amp=True), common.MLP(2), torch.device("cpu"))
+    run = common.Run(small_config(tmp_path, amp="on"), common.MLP(2), torch.device("cpu"))
     x = torch.randn(4, 2)
     v = run.model(x, torch.rand(4))
     assert v.dtype == torch.float32
@@ -732,7 +776,7 @@ def test_config_precedence_and_kinds(tmp_path, monkeypatch):
     assert (cfg.steps, cfg.lr, cfg.mult, cfg.depth) == (7, 0.1, (1, 3, 4), None)
     assert cfg.out == "runs/test_common-moons"
     assert common.parse(Odd, presets, ["--no-ema"]).ema is None
-    assert common.parse(Odd, presets, ["--flip", "--no-amp"]).flip
+    assert common.parse(Odd, presets, ["--flip", "--no-compile"]).flip
     with pytest.raises(UserError, match="share.*0, 1"):
         common.parse(Odd, presets, ["--share", "1.5"])
 

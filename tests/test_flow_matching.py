@@ -10,6 +10,9 @@ import common
 import flow_matching as fm
 from flow_matching import OT, VE, VP
 
+# Small enough for a test, whole enough to pass through every part.
+TINY = ["--steps", "2", "--batch-size", "4", "--width", "8", "--nll-examples", "4"]
+TINY += ["--solver", "euler", "--nfe", "1"]
 PATHS = [OT(1e-4), OT(0.1), VP(), VE()]
 IDS = ["ot", "ot-wide", "vp", "ve"]
 every_path = pytest.mark.parametrize("path", PATHS, ids=IDS)

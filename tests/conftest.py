@@ -1,0 +1,61 @@
+"""What the tests share: calling a script as its user does."""
+
+import importlib
+import re
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import common
+
+
+@pytest.fixture
+def call(tmp_path, monkeypatch, capsys):
+    """call(script, *arguments) -> (exit code, stdout, stderr), in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(script, *arguments):
+        module = importlib.import_module(script)
+        monkeypatch.setattr(sys, "argv", [f"{script}.py", *map(str, arguments)])
+        code = 0
+        try:
+            common.cli(module.main, module.Config, module.PRESETS)
+        except SystemExit as stop:
+            code = stop.code
+        streams = capsys.readouterr()
+        return code, streams.out, streams.err
+
+    return run
+
+
+@pytest.fixture
+def refused(call):
+    """refused(pattern, script, *arguments): one line on stderr that matches, exit code 2."""
+
+    def check(pattern, script, *arguments):
+        code, _, err = call(script, *arguments)
+        assert code == 2, err
+        lines = [line for line in re.split("[\r\n]", err) if line.strip()]
+        lines = [line for line in lines if "it/s" not in line and "?it" not in line]  # the bar
+        assert len(lines) == 1, err
+        assert re.search(pattern, lines[0]), err
+        assert lines[0].startswith(f"{script}.py: error: ")
+
+    return check
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """pictures(name, n, size): a folder of n images of noise."""
+
+    def write(name="pictures", n=12, size=16):
+        root = tmp_path / name
+        root.mkdir()
+        noise = np.random.default_rng(0).integers(0, 256, (n, size, size, 3), dtype=np.uint8)
+        for i, image in enumerate(noise):
+            Image.fromarray(image).save(root / f"{i}.png")
+        return root
+
+    return write
