@@ -63,6 +63,7 @@ class Config:
     steps: Natural = 10_000  # optimisation steps
     batch_size: Count = 256  # examples per step, over all processes together
     lr: Positive = 1e-3  # peak learning rate of Adam
+    beta_2: Fraction = 0.999  # Adam's decay of the squared gradient's average
     warmup: Natural = 100  # steps of linear rise to the peak
     decay: Literal["constant", "linear", "cosine"] = "cosine"  # of the learning rate, to the end
     clip: Positive | None = 1.0  # largest norm of the gradient
@@ -631,7 +632,8 @@ def network(cfg, data, in_channels=None, num_classes=0):
 
 
 def group_norm(channels):
-    return nn.GroupNorm(math.gcd(32, channels), channels)
+    """32 groups as usual, fewer in a narrow layer: none has less than four channels."""
+    return nn.GroupNorm(math.gcd(32, max(1, channels // 4), channels), channels)
 
 
 def zeroed(layer):
@@ -1033,7 +1035,10 @@ class Run:
     """
 
     def __init__(self, cfg, net, device, stage="", optimizer=None):
-        layout = torch.channels_last if device.type == "cuda" else torch.preserve_format
+        self._amp = cfg.amp == "on" or (cfg.amp == "auto" and has_bfloat16_units(device))
+        # Convolutions like channels-last memory; on a CPU, GroupNorm in bfloat16 does not.
+        slow = device.type == "mps" or (device.type == "cpu" and self._amp)
+        layout = torch.preserve_format if slow else torch.channels_last
         self.cfg, self.net, self.device = cfg, net.to(device, memory_format=layout), device
         self.folder, self.stage = Path(cfg.out), stage
         self.file = self.folder / (f"checkpoint-{stage}.pt" if stage else "checkpoint.pt")
@@ -1049,9 +1054,8 @@ class Run:
         self.optimizer = (
             optimizer(parameters)
             if optimizer
-            else torch.optim.Adam(parameters, lr=cfg.lr, fused=True)
+            else torch.optim.Adam(parameters, lr=cfg.lr, betas=(0.9, cfg.beta_2), fused=True)
         )
-        self._amp = cfg.amp == "on" or (cfg.amp == "auto" and has_bfloat16_units(device))
         self.done, self._losses, self._stop = 0, [], False
         self._parameters = parameters
         self._ema_parameters = list(self.ema.parameters())

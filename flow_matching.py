@@ -56,13 +56,15 @@ class Config(common.Config):
 
 
 SMALL_IMAGES = {  # minutes on two cores
-    "steps": 2_900,
+    "steps": 6_000,
     "batch_size": 32,
     "lr": 4e-3,
+    "beta_2": 0.99,
+    "amp": "auto",
     "width": 16,
     "blocks": 1,
     "mult": (1, 2, 4),
-    "attention": (7, 8),
+    "attention": None,
     "tol": 1e-4,
     "nll_examples": 128,
     "divergence": "rademacher",

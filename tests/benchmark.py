@@ -57,7 +57,8 @@ def unets(channels, side, preset, device):
     """U-Nets of the same channels, blocks and attention."""
     c = channels
     width, mult, blocks = preset["width"], preset["mult"], preset.get("blocks", 2)
-    attention = [r for r in preset["attention"] if side % r == 0 and (side // r) in (1, 2, 4, 8)]
+    sides = preset["attention"] or ()
+    attention = [r for r in sides if side % r == 0 and (side // r) in (1, 2, 4, 8)]
     nets = {"ours": common.UNet(c, c, side, width, mult, blocks, attention)}
     try:
         import torchcfm.models.unet.unet as torchcfm_unet
@@ -94,12 +95,12 @@ def unets(channels, side, preset, device):
             up_block_types=["AttnUpBlock2D" if a else "UpBlock2D" for a in reversed(has)],
             attention_head_dim=64,
             resnet_time_scale_shift="scale_shift",
-            norm_num_groups=16 if width % 32 else 32,
+            norm_num_groups=common.group_norm(width).num_groups,
         )
         nets["diffusers"] = lambda x, t, net=net: net(x, 1000 * t).sample
         nets["diffusers"].parameters = net.parameters
         net.to(device)
-    nets["ours"].to(device)
+    nets["ours"].to(device, memory_format=torch.channels_last)  # as common.Run does
     x = torch.randn(1, c, side, side, device=device)
     return nets, x
 
