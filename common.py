@@ -12,7 +12,9 @@ Conventions of the whole folder:
 import argparse
 import copy
 import dataclasses
+import glob
 import inspect
+import itertools
 import json
 import math
 import os
@@ -36,6 +38,7 @@ import torch.nn.functional as F
 import torchvision
 from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor, nn
+from torchvision.transforms.v2.functional import resize
 from tqdm import tqdm
 
 
@@ -45,8 +48,9 @@ class UserError(Exception):
 
 # ---- Settings and command line ------------------------------------------------------------------
 
-Count = Annotated[int, lambda v: v >= 1, "a whole number of at least 1"]
-Natural = Annotated[int, lambda v: v >= 0, "a whole number of at least 0"]
+Count = Annotated[int, lambda v: 1 <= v < 2**63, "a whole number of at least 1"]
+Natural = Annotated[int, lambda v: 0 <= v < 2**63, "a whole number of at least 0"]
+Side = Annotated[int, lambda v: 1 <= v <= 4096, "a whole number from 1 to 4096"]
 Positive = Annotated[float, lambda v: 0 < v < math.inf, "a number above 0"]
 Fraction = Annotated[float, lambda v: 0 <= v < 1, "a number in [0, 1)"]
 Sizes = Annotated[tuple, lambda v: all(n >= 1 for n in v), "whole numbers such as 1,2,2"]
@@ -58,7 +62,7 @@ class Config:
 
     dataset: str = "checkerboard"  # a data set's name, or a folder of images (sub-folders: classes)
     data_dir: str = "data"  # where mnist, fashion_mnist and cifar10 lie or are downloaded to
-    image_size: Count | None = None  # side to which images are resized (a folder's default: 32)
+    image_size: Side | None = None  # side to which images are resized (a folder's default: 32)
     flip: bool = False  # mirror training images left to right at random
     steps: Natural = 10_000  # optimisation steps
     batch_size: Count = 256  # examples per step, over all processes together
@@ -87,8 +91,8 @@ def cli(main, config_class, presets):
     """Run `main(cfg)` on the command line's settings; a UserError ends as one line, exit code 2."""
     try:
         main(parse(config_class, presets))
-    except (UserError, RuntimeError) as error:
-        if not (isinstance(error, UserError) or _is_memory_shortage(error)):
+    except (UserError, RuntimeError, MemoryError) as error:
+        if not (isinstance(error, (UserError, MemoryError)) or _is_memory_shortage(error)):
             raise
         line = " ".join(str(error).split())
         print(f"{Path(sys.argv[0]).name}: error: {line}", file=sys.stderr)
@@ -119,6 +123,8 @@ def parse(config_class, presets, argv=None):
     name = explicit.get("dataset", config_class.dataset)
     preset = presets.get(name, presets.get("folder", {}) if Path(name).is_dir() else {})
     cfg = config_class(**preset | explicit)
+    if cfg.sample == "":
+        raise UserError("--sample is empty: name a checkpoint")
     if cfg.resume and cfg.sample:
         raise UserError("--resume goes on training and --sample does not train: choose one of them")
     if cfg.resume or cfg.sample:
@@ -131,6 +137,12 @@ def parse(config_class, presets, argv=None):
         of_its_run = {"out": None, "resume": False, "sample": None, "num_samples": 0}
         cfg = config_class(**saved | of_its_run | explicit)
         if cfg.resume:
+            changed = {k: v for k, v in explicit.items() if k in saved and v != saved[k]}
+            changed = {k: v for k, v in changed.items() if k not in ("steps", "out", "resume")}
+            if "dataset" in changed:
+                raise UserError(f"{path} was trained on {saved['dataset']}: leave out --dataset")
+            for key, value in changed.items():
+                print(f"from here on {key} = {value}, not {saved[key]}", file=sys.stderr)
             return cfg
     if cfg.out and Path(cfg.out, "checkpoint.pt").exists():
         raise UserError(f"{cfg.out} holds a checkpoint: add --resume to go on, or another --out")
@@ -175,23 +187,27 @@ def _add_flag(parser, field, kind, text):
         parser.add_argument(f"--{flag}", type=convert, metavar=name.upper(), **options)
 
 
-def numbered_folders(stem, holds="checkpoint.pt"):
-    """stem, stem-2, stem-3 …: the last that holds the file (or None), and the first free one."""
-    number, last, path = 1, None, Path(stem)
-    while Path(path, holds).exists():
-        number, last, path = number + 1, str(path), Path(f"{stem}-{number + 1}")
-    return last, str(path)
+def free_folder(stem, holds="config.json"):
+    """The first of stem, stem-2, stem-3 … that does not hold the file."""
+    paths = (Path(f"{stem}-{n}" if n > 1 else stem) for n in itertools.count(1))
+    return str(next(path for path in paths if not (path / holds).exists()))
 
 
 def _default_out(cfg, occupied=False):
     """runs/<script>-<dataset>; with --sample, `samples` beside the checkpoint; numbered."""
     if cfg.sample:
-        return numbered_folders(Path(cfg.sample).parent / "samples", holds="samples.png")[1]
-    stem = Path("runs", f"{cfg.script}-{Path(cfg.dataset).resolve().name}")
-    last, free = numbered_folders(stem)
-    if occupied and last is None:
-        raise UserError(f"nothing to resume: {stem} holds no checkpoint (or name it by --out)")
-    return last if occupied else free
+        return free_folder(Path(cfg.sample).parent / "samples")
+    stem = f"{cfg.script}-{Path(cfg.dataset).resolve().name}"
+    if not occupied:
+        return free_folder(Path("runs", stem))
+    runs = {1: Path("runs", stem)}
+    for path in Path("runs").glob(f"{glob.escape(stem)}-*"):
+        number = path.name.removeprefix(f"{stem}-")
+        runs |= {int(number): path} if number.isdecimal() else {}
+    runs = {n: path for n, path in runs.items() if (path / "checkpoint.pt").exists()}
+    if not runs:
+        raise UserError(f"nothing to resume: runs/{stem} holds no checkpoint (or name it by --out)")
+    return str(runs[max(runs)])
 
 
 def load_checkpoint(path, script, device="cpu", mmap=False):
@@ -279,7 +295,6 @@ def load_data(cfg, device="cpu"):
         dist.barrier()
     if cfg.image_size and splits[0][0].shape[-1] != cfg.image_size:
         size = [cfg.image_size, cfg.image_size]
-        resize = torchvision.transforms.v2.functional.resize
         splits = [(resize(x, size, antialias=True), y) for x, y in splits]
     (train, train_labels), (test, test_labels) = [(x.to(device), y.to(device)) for x, y in splits]
     entropy = ENTROPIES.get(name)
@@ -469,23 +484,23 @@ def _damaged_file(kind, root):
 
 def _folder_splits(root, size):
     """Every image below `root`, centre-cropped to size × size; every tenth one is held out."""
-    suffixes = Image.registered_extensions()
+    readable = Image.registered_extensions().items()
+    suffixes = {suffix for suffix, kind in readable if kind in Image.OPEN}
     paths = sorted(p for p in root.rglob("*") if p.suffix.lower() in suffixes and p.is_file())
     if len(paths) < 2:
         raise UserError(
             f"{root} holds {len(paths)} images, and two is the least: is it the folder?"
         )
-    classes = sorted({path.relative_to(root).parts[0] for path in paths if path.parent != root})
+    kinds = [path.relative_to(root).parts[0] if path.parent != root else "" for path in paths]
+    classes = sorted(set(kinds))
+    y = torch.tensor([classes.index(kind) for kind in kinds])
     x = np.empty((len(paths), size, size, 3), dtype=np.uint8)
-    y = torch.zeros(len(paths), dtype=torch.long)
     for i, path in enumerate(tqdm(paths, "decoding", disable=rank() > 0, leave=False)):
         try:
             with Image.open(path) as image:
                 x[i] = ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.LANCZOS)
         except Exception as error:
             raise UserError(f"cannot read the image {path}: {error}; mend or remove it") from None
-        if path.parent != root:
-            y[i] = classes.index(path.relative_to(root).parts[0])
     x = torch.from_numpy(x).permute(0, 3, 1, 2).contiguous()
     held_out = torch.arange(len(paths)) % 10 == 0
     return [(x[~held_out], y[~held_out]), (x[held_out], y[held_out])]
@@ -501,10 +516,10 @@ def bcast(t, x):
 
 def time_embedding(t, dim):
     """Sinusoids of 1000 t, (B,) -> (B, dim): periods from 2 pi / 1000 to 20 pi, so t in [0, 1]."""
-    half = dim // 2
+    half = math.ceil(dim / 2)
     steps = torch.arange(half, device=t.device, dtype=t.dtype) / half
     angle = t[:, None] * (1000 * torch.exp(-math.log(10_000) * steps))
-    return torch.cat([angle.cos(), angle.sin()], dim=1)
+    return torch.cat([angle.cos(), angle.sin()], dim=1)[:, :dim]
 
 
 class MLP(nn.Module):
@@ -544,6 +559,8 @@ class UNet(nn.Module):
         channels, mult, blocks: level i has channels * mult[i] channels and `blocks` blocks;
             each level halves the resolution of the one before.
         attention: the resolutions (sides in pixels, of images with side `size`) that get attention.
+        attend: (channels, heads) -> a module f(h, context) to stand where attention would; forward
+            hands it its `context`.
     """
 
     def __init__(
@@ -558,6 +575,7 @@ class UNet(nn.Module):
         head_channels=64,
         dropout=0.0,
         num_classes=0,
+        attend=None,
     ):
         super().__init__()
         self.channels = channels
@@ -569,8 +587,8 @@ class UNet(nn.Module):
         side, width, widths = size, channels, [channels]
 
         def stage(c_in, c_out):
-            heads = max(1, c_out // head_channels) if side in attention else 0
-            return Stage(c_in, c_out, emb, dropout, heads)
+            heads = attention_heads(c_out, head_channels) if side in attention else 0
+            return Stage(c_in, c_out, emb, dropout, heads, attend)
 
         for level, m in enumerate(mult):
             if level:
@@ -582,7 +600,10 @@ class UNet(nn.Module):
                 width = channels * m
                 widths.append(width)
         self.middle = nn.ModuleList(
-            [Stage(width, width, emb, dropout, max(1, width // head_channels)), stage(width, width)]
+            [
+                Stage(width, width, emb, dropout, attention_heads(width, head_channels), attend),
+                stage(width, width),
+            ]
         )
         for level, m in reversed(list(enumerate(mult))):
             for _ in range(blocks + 1):
@@ -594,7 +615,7 @@ class UNet(nn.Module):
         out = zeroed(nn.Conv2d(width, out_channels or in_channels, 3, padding=1))
         self.output = nn.Sequential(group_norm(width), nn.SiLU(), out)
 
-    def forward(self, x, t, y=None):
+    def forward(self, x, t, y=None, context=None):
         emb = self.time(time_embedding(t, self.channels))
         if y is not None:
             emb = emb + self.label(y)
@@ -602,15 +623,15 @@ class UNet(nn.Module):
         h = self.stem(x)
         skips = [h]
         for layer in self.down:
-            h = layer(h, emb)
+            h = layer(h, emb, context)
             skips.append(h)
         for layer in self.middle:
-            h = layer(h, emb)
+            h = layer(h, emb, context)
         for layer in self.up:
             if isinstance(layer, Upsample):
                 h = layer(h, skips[-1].shape[-2:])
             else:
-                h = layer(torch.cat([h, skips.pop()], dim=1), emb)
+                h = layer(torch.cat([h, skips.pop()], dim=1), emb, context)
         return self.output(h)
 
 
@@ -636,6 +657,12 @@ def group_norm(channels):
     return nn.GroupNorm(math.gcd(32, max(1, channels // 4), channels), channels)
 
 
+def attention_heads(channels, head_channels):
+    """As many heads as divide the channels, of at least head_channels each (or one head)."""
+    most = max(1, channels // head_channels)
+    return next(heads for heads in range(most, 0, -1) if channels % heads == 0)
+
+
 def zeroed(layer):
     """The layer with zero weights: a residual branch that starts as nothing."""
     for p in layer.parameters():
@@ -644,9 +671,9 @@ def zeroed(layer):
 
 
 class Stage(nn.Module):
-    """A residual block, scaled and shifted by the embedding, and self-attention if heads > 0."""
+    """A residual block, scaled and shifted by the embedding, and attention if heads > 0."""
 
-    def __init__(self, c_in, c_out, emb, dropout, heads):
+    def __init__(self, c_in, c_out, emb, dropout, heads, attend=None):
         super().__init__()
         self.norm_1 = group_norm(c_in)
         self.conv_1 = nn.Conv2d(c_in, c_out, 3, padding=1)
@@ -655,14 +682,15 @@ class Stage(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.conv_2 = zeroed(nn.Conv2d(c_out, c_out, 3, padding=1))
         self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
-        self.attention = Attention(c_out, heads) if heads else nn.Identity()
+        self.attention = (attend or Attention)(c_out, heads) if heads else None
 
-    def forward(self, x, emb):
+    def forward(self, x, emb, context=None):
         h = self.conv_1(F.silu(self.norm_1(x)))
         scale, shift = self.emb(emb)[:, :, None, None].chunk(2, dim=1)
         h = torch.addcmul(shift, self.norm_2(h), 1 + scale)
         h = self.conv_2(self.dropout(F.silu(h)))
-        return self.attention(self.skip(x) + h)
+        h = self.skip(x) + h
+        return h if self.attention is None else self.attention(h, context)
 
 
 class Attention(nn.Module):
@@ -675,7 +703,7 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(channels, 3 * channels)
         self.output = zeroed(nn.Linear(channels, channels))
 
-    def forward(self, x):
+    def forward(self, x, context=None):
         b, c, height, width = x.shape
         h = self.norm(x).flatten(2).transpose(1, 2)  # (B, HW, C)
         q, k, v = self.qkv(h).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
@@ -689,7 +717,7 @@ class Downsample(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
 
-    def forward(self, x, emb):
+    def forward(self, x, emb, context):
         return self.conv(x)
 
 
@@ -752,6 +780,8 @@ def odeint(f, x, t, method="dopri5", *, steps=None, rtol=1e-5, atol=1e-5, max_st
     """
     is_tuple = isinstance(x, tuple)
     times = [float(time) for time in t]
+    if len(times) < 2:
+        raise ValueError("two times or more are needed")
     ascending = times[-1] > times[0]
     if method not in TABLEAUX:
         raise ValueError(f"unknown method {method!r}: one of {', '.join(TABLEAUX)}")
@@ -925,6 +955,7 @@ def divergence(f, x, t, z=None, forward=False):
     with torch.enable_grad():
         x = x if x.requires_grad else x.detach().requires_grad_()
         v = f(x, t)
+        v = v + 0 * x  # so that a field that does not depend on x has a derivative too
         if z is not None:
             (vjp,) = torch.autograd.grad(v, x, z, create_graph=create_graph)
             div = (vjp * z).flatten(1).sum(1)
@@ -964,8 +995,8 @@ def bits_per_dim(log_p, dims):
 
 
 def standard_error(x):
-    """Of the mean of independent values x (N,)."""
-    return (x.std() / math.sqrt(len(x))).item()
+    """Of the mean of independent values x (N,); None of a single one."""
+    return (x.std() / math.sqrt(len(x))).item() if len(x) > 1 else None
 
 
 def energy_distance(x, y):
@@ -995,7 +1026,11 @@ def setup(cfg):
     if name == "auto":
         mps = torch.backends.mps.is_available()
         name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
+    if (
+        "RANK" in os.environ
+        and int(os.environ.get("WORLD_SIZE", 1)) > 1
+        and not dist.is_initialized()
+    ):
         if name == "cuda":
             name = f"cuda:{os.environ['LOCAL_RANK']}"
         dist.init_process_group("nccl" if name.startswith("cuda") else "gloo")
@@ -1004,7 +1039,7 @@ def setup(cfg):
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError):
         raise UserError(f"--device {name} is not to be had here: use auto or cpu") from None
-    if device.type == "cuda":
+    if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)
     torch.set_float32_matmul_precision("high")  # TF32 where there is any
     torch.manual_seed(cfg.seed + rank())  # each process its own stream of data and noise
@@ -1029,7 +1064,8 @@ class Run:
 
     A paper of several trainings makes one Run for each, in the same folder, and names the later
     ones by `stage`: each has cfg.steps steps and its own checkpoint-<stage>.pt. `optimizer`: a
-    function of the parameters, instead of Adam.
+    function of the parameters, instead of Adam. More --steps on --resume extend every stage from
+    where it stands.
 
     Attributes: `net` the network; `ema` its moving average, to sample from; `done` steps; `folder`.
     """
@@ -1065,6 +1101,8 @@ class Run:
             self._load(Path(cfg.sample).with_name(self.file.name) if stage else cfg.sample)
         elif cfg.resume and (self.file.exists() or not stage):
             self._load(self.file)
+            if self.done > cfg.steps and not stage:
+                raise UserError(f"--steps {cfg.steps}: {self.file} has done {self.done} already")
         self._open_folder()
 
     def model(self, *inputs):
@@ -1146,26 +1184,25 @@ class Run:
         dist.all_reduce(votes, dist.ReduceOp.MAX)
         return votes.tolist()
 
-    def _log(self, norm=None):
-        if not self._losses:
-            return
-        losses = torch.stack(self._losses).tolist()
-        first = self.done - len(losses) + 1
-        self._losses = []
-        for step, loss in enumerate(losses, first):
+    def _check(self):
+        """The losses since the last line of metrics, as numbers; a UserError if one is not."""
+        losses = torch.stack(self._losses).tolist() if self._losses else []
+        for step, loss in enumerate(losses, self.done - len(losses) + 1):
             if not math.isfinite(loss):
                 saved = self.file.exists()
                 kept = f"{self.file} is the last good one" if saved else "nothing was saved"
                 raise UserError(f"the loss is {loss} at step {step}; {kept}; try a smaller --lr")
+        return losses
+
+    def _log(self, norm):
+        losses = self._check()
+        self._losses = []
         now = time.monotonic()
         mean, rate = sum(losses) / len(losses), len(losses) / (now - self._logged_at)
         self._logged_at = now
         self.bar.set_postfix(loss=f"{mean:.4f}", refresh=False)
-        if norm is not None:
-            lr = self.optimizer.param_groups[0]["lr"]
-            self._write(
-                step=self.done, loss=mean, lr=lr, grad_norm=norm.item(), steps_per_second=rate
-            )
+        lr, norm = self.optimizer.param_groups[0]["lr"], norm.item()
+        self._write(step=self.done, loss=mean, lr=lr, grad_norm=norm, steps_per_second=rate)
 
     def report(self, split, **figures):
         """Print evaluation figures and add them to metrics.jsonl."""
@@ -1190,7 +1227,7 @@ class Run:
 
     def save(self):
         """Write the checkpoint beside the old one, then put it in its place: never half a file."""
-        self._log()
+        self._check()
         if not all(p.isfinite().all() for p in self._parameters):
             raise UserError(f"the weights are not finite at step {self.done}; try a smaller --lr")
         rng = {"cpu": torch.get_rng_state()}
@@ -1205,6 +1242,7 @@ class Run:
             return
         state = {
             "script": self.cfg.script,
+            "stage": self.stage,
             "step": self.done,
             "config": dataclasses.asdict(self.cfg),
             "model": self.net.state_dict(),
@@ -1226,6 +1264,8 @@ class Run:
             self.ema.load_state_dict(state["ema"])
         except RuntimeError:
             raise UserError(f"{path} does not fit: was it trained with another network?") from None
+        if state.get("stage", "") != self.stage:
+            raise UserError(f"{path} is of stage {state['stage']!r}: name the run's checkpoint.pt")
         self.done = state["step"]
         if self.cfg.sample:
             return
@@ -1246,7 +1286,9 @@ class Run:
             self.folder.mkdir(parents=True, exist_ok=True)
             metrics = self.folder / "metrics.jsonl"
             lines = metrics.read_text().splitlines(True) if metrics.exists() else []
-            metrics.write_text("".join(line for line in lines if self._is_past(line)))
+            temporary = metrics.with_suffix(".tmp")
+            temporary.write_text("".join(line for line in lines if self._is_past(line)))
+            os.replace(temporary, metrics)
             about["device"] = f"{self.device} ({platform.processor() or platform.machine()})"
             (self.folder / "config.json").write_text(json.dumps(about, indent=2) + "\n")
         except OSError as error:
@@ -1258,11 +1300,13 @@ class Run:
         """Whether a line of metrics.jsonl stands, and will not be written again."""
         try:
             record = json.loads(line)
-        except ValueError:  # a killed run may have left half a line
+            stage, step = record.get("stage", ""), record["step"]
+        except (ValueError, AttributeError, KeyError):  # a killed run may have left half a line
             return False
-        if record.get("stage", "") != self.stage:
+        if stage != self.stage:
             return bool(self.cfg.resume or self.stage)
-        return record["step"] < self.done or (record["step"] == self.done and "loss" in record)
+        evaluated_again = "split" in record and self.done >= self.cfg.steps
+        return step < self.done or (step == self.done and not evaluated_again)
 
     def write_samples(self, draw):
         """cfg.num_samples of draw(n) to samples.npz, in batches: images uint8 (N, H, W, C), the
@@ -1330,12 +1374,99 @@ def trajectory_image(paths, bound=3.0, size=256):
     return torch.from_numpy(np.asarray(canvas).copy()).permute(2, 0, 1)
 
 
-def save_panels(path, panels):
-    """Titled pictures side by side: panels is a list of (title, uint8 (3, H, W))."""
-    height, width = panels[0][1].shape[1:]
-    canvas = Image.new("RGB", (len(panels) * (width + 8) - 8, height + 22), "white")
-    draw = ImageDraw.Draw(canvas)
-    for i, (title, image) in enumerate(panels):
-        draw.text((i * (width + 8) + 4, 3), title, fill="black", font_size=14)
-        canvas.paste(Image.fromarray(image.permute(1, 2, 0).numpy()), (i * (width + 8), 22))
-    canvas.save(path)
+def chart(shapes, box, size=(256, 256), axes=None, legend=(), heat=None):
+    """Shapes in a plane -> a picture, uint8 (3, H, W), drawn three times as large and shrunk.
+
+    Args:
+        shapes: drawn in order: ("line" | "fill", points (N, 2), colour, width), ("dots", points,
+            a colour or a list of N, radius) or ("text", point (1, 2), colour, text). Colours are
+            PIL's: "#rrggbb", "#rrggbbaa" or tuples.
+        box: (left, right, bottom, top), the part of the plane that is shown.
+        size: (width, height) of the plot in pixels; axes and legend come on top.
+        axes: two labels, for which ticks, numbers and a grid are drawn. legend: (text, colour)s.
+        heat: values >= 0 on a grid (S, S') over the box, beneath the shapes.
+    """
+    left, right, bottom, top = map(float, box)
+    width, height = 3 * size[0], 3 * size[1]
+    plot = Image.new("RGB", (width, height), "#fafafc")
+    if heat is not None:
+        pixels = heat_image(heat.cpu().float()).permute(1, 2, 0).numpy()
+        plot = Image.fromarray(pixels).resize((width, height), Image.Resampling.BILINEAR)
+    draw = ImageDraw.Draw(plot, "RGBA")
+
+    def pixel(x, y):
+        return (x - left) * width / (right - left), (top - y) * height / (top - bottom)
+
+    ticks = [(v, None) for v in round_numbers(left, right)] if axes else []
+    ticks += [(None, v) for v in round_numbers(bottom, top)] if axes else []
+    for x, y in ticks if heat is None else []:
+        ends = (x, bottom, x, top) if y is None else (left, y, right, y)
+        draw.line((*pixel(*ends[:2]), *pixel(*ends[2:])), "#e9eaf0", 2)
+    for kind, points, colour, extra in shapes:
+        pixels = [pixel(x, y) for x, y in points.tolist()]
+        if kind == "line":
+            draw.line(pixels, colour, round(3 * extra), joint="curve")
+        elif kind == "fill":
+            draw.polygon(pixels, colour)
+        elif kind == "text":
+            draw.text(pixels[0], extra, colour, anchor="mm", font_size=36)
+        else:
+            colours = colour if isinstance(colour, list) else [colour] * len(pixels)
+            for point, own in zip(pixels, colours, strict=True):
+                draw.circle(point, 3 * extra, own)
+    plot = plot.resize(size, Image.Resampling.LANCZOS)
+    if axes or legend:
+        plot = _framed(plot, pixel, ticks, axes or ("", ""), legend)
+    return torch.from_numpy(np.asarray(plot).copy()).permute(2, 0, 1)
+
+
+def _framed(plot, pixel, ticks, labels, legend):
+    """The plot in a frame with numbers at the ticks, two labels and a legend above."""
+    x_0, y_0 = 46, 24
+    page = Image.new("RGB", (x_0 + plot.width + 12, y_0 + plot.height + 34), "white")
+    page.paste(plot, (x_0, y_0))
+    draw = ImageDraw.Draw(page)
+    frame = (x_0 - 1, y_0 - 1, x_0 + plot.width, y_0 + plot.height)
+    draw.rectangle(frame, outline="#b9bcc8")
+    for x, y in ticks:
+        text = f"{x if y is None else y:.10g}"
+        if y is None:
+            at = (x_0 + pixel(x, 0)[0] / 3, frame[3] + 4)
+        else:
+            at = (x_0 - 5, y_0 + pixel(0, y)[1] / 3)
+        draw.text(at, text, "#555a66", anchor="ma" if y is None else "rm", font_size=11)
+    below = (x_0 + plot.width / 2, frame[3] + 17)
+    draw.text(below, labels[0], "#15171f", anchor="ma", font_size=13)
+    draw.text((4, 4), labels[1], "#15171f", font_size=13)
+    at = x_0 + 14 + draw.textlength(labels[1], font_size=13)
+    for text, colour in legend:
+        draw.rectangle((at, 9, at + 11, 14), colour)
+        draw.text((at + 15, 4), text, "#555a66", font_size=12)
+        at += 27 + draw.textlength(text, font_size=12)
+    return page
+
+
+def round_numbers(low, high):
+    """About five round numbers between low and high."""
+    raw = (high - low) / 5
+    unit = 10 ** math.floor(math.log10(raw))
+    step = next(unit * m for m in (1, 2, 5, 10) if unit * m >= 0.99 * raw)
+    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
+    return [round(i * step, 12) for i in range(first, last + 1)]
+
+
+def save_panels(path, *rows, gap=8):
+    """Rows of titled pictures on a page; a row is a list of (title, uint8 (3, H, W))."""
+    heights = [22 + max(image.shape[1] for _, image in row) for row in rows]
+    width = max(sum(image.shape[2] + gap for _, image in row) for row in rows) - gap
+    page = Image.new("RGB", (width, sum(heights) + gap * (len(rows) - 1)), "white")
+    draw = ImageDraw.Draw(page)
+    y = 0
+    for row, height in zip(rows, heights, strict=True):
+        x = 0
+        for title, image in row:
+            draw.text((x + 4, y + 3), title, fill="black", font_size=14)
+            page.paste(Image.fromarray(image.permute(1, 2, 0).numpy()), (x, y + 22))
+            x += image.shape[2] + gap
+        y += height + gap
+    page.save(path)

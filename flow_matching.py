@@ -7,12 +7,14 @@ Implements  Eq. 1 (flow); Eq. 6, Eq. 8 (marginal path and field of a finite data
             dimension); Table 3 (CIFAR-10); Table 4 (K-sample NLL); Fig. 7 (error of few
             evaluations); Sec. 6.3 (super-resolution)
 Conventions t = 0 is noise, x_0 ~ N(0, I); t = 1 is data, x_1 ~ q. A field is v(x, t).
-Departures  1. Eq. 46 has its sign wrong for s = grad log p: u = T'(1-t)/2 [x + s] generates p_t.
+Departures  1. App. E.1 prints the score's target and s = eps / sigma_t without their minus, which
+               Eq. 46 fits. Here s = grad log p = -eps / sigma_t, so u = T'(1-t)/2 [x + s].
             2. VE: the paper fixes no sigma_t; here it is geometric. The target spans three orders
                of magnitude, so the network's input and output are scaled, the loss weighted.
-            3. sigma_min is not stated: 1e-4. EMA and clipping are not mentioned: usual values.
+            3. Not stated: sigma_min (1e-4 here), EMA, clipping, how images are shrunk (bicubic).
             4. In 2-D a residual MLP with Fourier features, not 5 layers of 512 units.
             5. How v_t sees the low-resolution image is not stated: as further channels.
+            6. Training, too, is on dequantised images. 391k steps are Table 3's, not 1000 epochs.
 Run         python flow_matching.py                                checkerboard
             python flow_matching.py --dataset mnist                digits
             python flow_matching.py --compare                      evaluations against error
@@ -21,7 +23,9 @@ Run         python flow_matching.py                                checkerboard
 """
 
 import dataclasses
+import functools
 import math
+import os
 from dataclasses import dataclass
 from typing import Literal
 
@@ -149,7 +153,7 @@ class OT(Path):
 class VP(Path):
     """Variance-preserving diffusion run backwards, Example I; T and beta as in App. E.1."""
 
-    t_max = 1 - 1e-5  # App. E.1: at t = 1 the field is infinite
+    t_max = 1 - 1e-5  # App. E.1; at t = 1 the field is infinite
     beta_min, beta_max = 0.1, 20.0  # App. E.1
 
     def beta(self, s):
@@ -260,7 +264,7 @@ def vector_field(net, path, objective):
     """The field v(x, t) of Eq. 1 from a network trained with an objective."""
     if objective == "cfm":
         return path.field(net)
-    if objective == "ddpm":  # App. E.1: s = -eps / sigma_t
+    if objective == "ddpm":  # App. E.1, Departure 1: s = -eps / sigma_t
         return score_field(lambda x, t: -net(x, t) / path.coefficients(bcast(t, x))[1], path)
     return score_field(net, path)
 
@@ -275,8 +279,8 @@ def sample(v, x_0, path, times=None, **solver):
         return common.odeint(v, path.sigma_0 * x_0, times, **solver)  # Eq. 1
 
 
-def log_prob(v, x_1, path, divergence="exact", **solver):
-    """log p_1(x_1) in nats, (B, ...) -> (B,), and the evaluations: exact, or unbiased with a probe.
+def log_prob(v, x_1, path, z=None, **solver):
+    """log p_1(x_1) in nats, (B, ...) -> (B,), and the evaluations. Exact; unbiased with a probe z.
 
     Eq. 31 run from t = 1 to 0 gives x_0 and f(0), and log p_1(x_1) = log p_0(x_0) - f(0)  (Eq. 33).
     """
@@ -285,26 +289,30 @@ def log_prob(v, x_1, path, divergence="exact", **solver):
         scaled = common.standard_normal_log_prob(x / path.sigma_0)
         return scaled - x[0].numel() * math.log(path.sigma_0)
 
-    z = None if divergence == "exact" else common.hutchinson_probe(x_1, divergence)  # Eq. 34
-    with torch.no_grad():
-        times = (path.t_max, 0.0)
-        log_p, _, nfe = common.log_likelihood(
-            v, x_1, log_p_0, times, z=z, **solver
-        )  # Eq. 31, Eq. 33
+    times = (path.t_max, 0.0)
+    with torch.no_grad():  # Eq. 31, Eq. 33, with Eq. 34's divergence if there is a z
+        log_p, _, nfe = common.log_likelihood(v, x_1, log_p_0, times, z=z, **solver)
     return log_p, nfe
+
+
+def probe(x, divergence):
+    """z for log_prob: None for the exact divergence, else random, with E[z zᵀ] = I."""
+    return None if divergence == "exact" else common.hutchinson_probe(x, divergence)  # Eq. 34
 
 
 def k_sample_log_prob(log_p, x, k):
     """log 1/K sum_k p(x + u_k), u_k uniform on the bins of the 8-bit images x: App. E.2, Table 4.
 
-    log_p(x) -> (B,) is a density of continuous images; more samples give a tighter bound.
+    log_p(x) -> (B,) is a density of continuous images; more samples give a tighter bound, if it is
+    exact. An estimate of it must at least keep its probe: independent errors would raise the mean
+    of the exponentials with K.
     """
     log_ps = torch.stack([log_p(common.dequantize(x)) for _ in range(k)])  # (K, B)
     return log_ps.logsumexp(dim=0) - math.log(k)
 
 
 def low_resolution(x, factor):
-    """x (B, C, H, W) at 1 / factor of its resolution, scaled up again, as in Sec. 6.3."""
+    """x (B, C, H, W) at 1 / factor of its resolution, scaled up again (Sec. 6.3)."""
     small = F.interpolate(x, scale_factor=1 / factor, mode="bicubic", antialias=True)
     return F.interpolate(small, size=x.shape[2:], mode="bicubic")
 
@@ -328,7 +336,7 @@ def train(cfg, run, data, path):
         t = path.t_max * torch.rand(len(x_1), device=x_1.device)  # t ~ U[0, 1], (B,)
         net = conditioned(run.model, low)
         f = path.field(net) if cfg.objective == "cfm" else net
-        loss = loss_of(f, x_0, x_1, t, path)  # Eq. 14
+        loss = loss_of(f, x_0, x_1, t, path)  # Eq. 14, or App. E.1
         run.step(loss)
 
 
@@ -338,7 +346,7 @@ def evaluate_vectors(cfg, run, data, path):
     test = data.test[: cfg.nll_examples]
     if len(test):
         tolerances = {"rtol": cfg.tol, "atol": cfg.tol}
-        log_p, nfe = log_prob(v, test, path, cfg.divergence, **tolerances)
+        log_p, nfe = log_prob(v, test, path, probe(test, cfg.divergence), **tolerances)
         figures = {"nll": -log_p.mean().item(), "standard_error": common.standard_error(log_p)}
         if data.entropy is not None:
             figures |= {"entropy": data.entropy, "gap": figures["nll"] - data.entropy}
@@ -370,20 +378,22 @@ def evaluate_images(cfg, run, data, path):
     run.report("samples", sampling_evaluations=nfe)
     if low is not None:
         run.report("samples", psnr=psnr(x, test[:16]), psnr_bicubic=psnr(shown, test[:16]))
-        x = torch.stack([shown, x, test[:16]]).unflatten(1, (2, 8)).transpose(0, 1).flatten(0, 2)
-    common.save_images(run.folder / "samples.png", x)
+        x = torch.stack([shown, x, test[:16]], dim=1).flatten(0, 1)
+    common.save_images(run.folder / "samples.png", x, columns=8 if low is None else 6)
 
     log_ps = []
-    options = {"divergence": cfg.divergence, "rtol": cfg.tol, "atol": cfg.tol}
-    for i in range(0, cfg.nll_examples, 64):
+    for i in range(0, min(cfg.nll_examples, len(test)), 64):
         x_1 = test[i : min(i + 64, cfg.nll_examples)]
         net = conditioned(run.ema, None if low is None else low[i : i + len(x_1)])
-        v = vector_field(net, path, cfg.objective)
-        log_ps.append(
-            k_sample_log_prob(
-                lambda x, v=v: log_prob(v, x, path, **options)[0], x_1, cfg.nll_samples
-            )
+        log_p = functools.partial(
+            log_prob,
+            vector_field(net, path, cfg.objective),
+            path=path,
+            z=probe(x_1, cfg.divergence),
+            rtol=cfg.tol,
+            atol=cfg.tol,
         )
+        log_ps.append(k_sample_log_prob(lambda x, f=log_p: f(x)[0], x_1, cfg.nll_samples))
     if log_ps:
         bpd = common.bits_per_dim(torch.cat(log_ps), c * h * w)  # App. C
         figures = {"bits_per_dim": bpd.mean().item(), "standard_error": common.standard_error(bpd)}
@@ -416,8 +426,8 @@ def compare(cfg):
     budgets = [4, 8, 16, 32, 64, 100]
     rows = []
     for name, objective in methods:
-        _, out = common.numbered_folders(f"{cfg.out}/{name}-{objective}")
-        here = dataclasses.replace(cfg, path=name, objective=objective, out=out)
+        out = common.free_folder(f"{cfg.out}/{name}-{objective}")
+        here = dataclasses.replace(cfg, compare=False, path=name, objective=objective, out=out)
         run, data, path = prepare(here)
         run.say(f"training {name} path, {objective} loss")
         train(here, run, data, path)
@@ -461,6 +471,8 @@ def check(cfg, data):
 
 def main(cfg):
     if cfg.compare:
+        if cfg.resume or cfg.sample or cfg.num_samples or "RANK" in os.environ:
+            raise UserError("--compare trains anew, in one process, and writes no samples")
         compare(cfg)
         return
     run, data, path = prepare(cfg)

@@ -54,7 +54,7 @@ def test_solver_order(method, order, times):
         x, _ = common.odeint(field, X_0, times, method, steps=steps)
         errors.append((x - exact(X_0, *times)).abs().max().item())
     # The next term of the error is one order higher: at 128 steps the measured order is off by
-    # less than a tenth, except where the leading constant happens to be small.
+    # less than 0.15.
     assert math.log2(errors[1] / errors[2]) == pytest.approx(order, abs=0.15)
     assert errors[2] < 0.1 ** (order - 0.5)
 
@@ -252,7 +252,8 @@ def test_levels_survive_the_round_trip():
     torch.manual_seed(0)
     noisy = common.dequantize(x.repeat(100, 1))
     assert torch.equal(common.to_uint8(noisy), levels.repeat(100, 1))  # stays in its bin
-    assert_close(noisy.var(0), torch.full((256,), 1 / (12 * 128**2)), rtol=0.6, atol=0)
+    variance = (noisy - x).square().mean()  # 25,600 draws: five standard errors are 3 %
+    assert_close(variance.item(), 1 / (12 * 128**2), rtol=0.03, atol=0)
     assert torch.equal(
         common.to_uint8(torch.tensor([-3.0, 3.0])), torch.tensor([0, 255], dtype=torch.uint8)
     )
@@ -432,8 +433,19 @@ def test_networks_compile_without_graph_breaks():
         (common.MLP(2, width=8, num_classes=3), torch.randn(2, 2)),
     ]
     for net, x in nets:
+        for p in net.parameters():
+            torch.nn.init.normal_(p, std=0.1)  # the last layer's zeros would hide everything
         compiled = torch.compile(net, backend="eager", fullgraph=True)
+        assert net(x, t).abs().min() > 0
         assert_close(compiled(x, t), net(x, t))
+
+
+def test_any_width_will_do():
+    for width in (1, 15, 200):
+        net = common.UNet(1, 1, 4, width, (1,), 1, (4,))
+        assert net(torch.randn(2, 1, 4, 4), torch.rand(2)).shape == (2, 1, 4, 4)
+    assert common.attention_heads(200, 64) == 2
+    assert common.time_embedding(torch.rand(3), 5).shape == (3, 5)
 
 
 def test_networks_run_under_autocast_and_on_meta():
@@ -541,6 +553,41 @@ def test_resume_is_exact(tmp_path):
     assert torch.equal(whole["rng"][0]["cpu"], rest["rng"][0]["cpu"])
 
 
+def test_setup_on_one_gpu(monkeypatch):
+    """Without an index cuda has no device to set; with one it has. (No GPU is needed to see it.)"""
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(torch, "zeros", lambda *_, **__: torch.ones(1))
+    assert common.setup(small_config("x", device="auto")).type == "cuda"
+    assert chosen == []
+    assert common.setup(small_config("x", device="cuda:1")).index == 1
+    assert [device.index for device in chosen] == [1]
+
+
+def test_checkpoints_by_the_clock_and_every_loss_logged(tmp_path, monkeypatch):
+    monkeypatch.setattr(common, "SAVE_EVERY", -1)
+    monkeypatch.setattr(common, "LOG_EVERY", 5)
+    run = common.Run(small_config(tmp_path, decay="constant"), Line(), torch.device("cpu"))
+    saved, losses = [], []
+    for x, _ in run.batches(line_data()):
+        losses.append(line_loss(run, x))
+        run.step(losses[-1])
+        saved.append(torch.load(run.file, weights_only=True)["step"])
+    assert saved == list(range(1, 11))
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    means = [sum(losses[:5]).item() / 5, sum(losses[5:]).item() / 5]
+    assert_close([line["loss"] for line in lines], means)
+
+
+def test_a_stage_refuses_another_stages_checkpoint(tmp_path):
+    run = common.Run(small_config(tmp_path, steps=0), Line(), torch.device("cpu"), stage="second")
+    run.save()
+    cfg = small_config(tmp_path / "samples", sample=str(run.file))
+    with pytest.raises(UserError, match="is of stage 'second'"):
+        common.Run(cfg, Line(), torch.device("cpu"))
+
+
 def test_two_stages_resume_exactly(tmp_path):
     """Each stage has its own checkpoint; a stage's noise does not depend on how the last one was
     reached; metrics.jsonl keeps one line for each step and figure of each stage."""
@@ -619,7 +666,7 @@ def test_killed_script_resumes_bit_for_bit(tmp_path):
             assert torch.equal(value, states[1][part][key])
     lines = (tmp_path / "killed" / "metrics.jsonl").read_text().splitlines()
     steps = [json.loads(line)["step"] for line in lines if "loss" in line]
-    assert steps == sorted(set(steps))  # nothing is logged twice
+    assert steps == list(range(50, 601, 50))  # nothing is logged twice, nothing lost
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

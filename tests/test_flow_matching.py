@@ -1,5 +1,7 @@
 """Lipman et al. 2022: every path, field, loss, sampler and likelihood against a closed form."""
 
+import dataclasses
+import json
 import math
 
 import pytest
@@ -228,9 +230,9 @@ def test_hutchinson_likelihood_is_exact_for_a_diagonal_field():
     path, x_1 = OT(), MEAN + STD * torch.randn(8, 2)
     v = gaussian_field(path)
     exact, _ = fm.log_prob(v, x_1, path, rtol=1e-9, atol=1e-9)
-    probed, _ = fm.log_prob(v, x_1, path, "rademacher", rtol=1e-9, atol=1e-9)
+    probed, _ = fm.log_prob(v, x_1, path, fm.probe(x_1, "rademacher"), rtol=1e-9, atol=1e-9)
     assert_close(probed, exact, rtol=1e-7, atol=1e-7)
-    gaussian, _ = fm.log_prob(v, x_1, path, "gaussian", rtol=1e-9, atol=1e-9)
+    gaussian, _ = fm.log_prob(v, x_1, path, fm.probe(x_1, "gaussian"), rtol=1e-9, atol=1e-9)
     assert (gaussian - exact).abs().max() > 0.01
 
 
@@ -330,6 +332,27 @@ def test_k_samples_approach_the_probability_of_the_bin():
     assert_close(common.bits_per_dim(uniform, 1), torch.full((4,), 8.0))
 
 
+def test_k_samples_of_an_estimate_keep_one_probe():
+    """log p of a linear flow by a probe: with z kept, its error is a constant and K does not tell;
+    with a new z each time the mean of the exponentials would rise with K."""
+    A = torch.randn(16, 16)
+    x, z = torch.zeros(3, 16), fm.probe(torch.zeros(3, 16), "rademacher")
+
+    def log_p(x):
+        return fm.log_prob(lambda x, t: x @ A, x, OT(), z, method="euler", steps=1)[0]
+
+    def log_p_anew(x):
+        z = fm.probe(x, "rademacher")
+        return fm.log_prob(lambda x, t: x @ A, x, OT(), z, method="euler", steps=1)[0]
+
+    one = torch.stack([log_p(x) for _ in range(5)])
+    assert_close(one, one[:1].expand_as(one))
+    kept = fm.k_sample_log_prob(log_p, x, 50) - fm.k_sample_log_prob(log_p, x, 1)
+    anew = fm.k_sample_log_prob(log_p_anew, x, 50) - log_p_anew(x)
+    assert kept.abs().max() < 1  # the dequantisations alone differ
+    assert (anew.mean() - kept.mean()) > 1
+
+
 def test_low_resolution():
     flat = torch.full((2, 3, 8, 8), 0.3)
     assert_close(fm.low_resolution(flat, 4), flat)
@@ -337,6 +360,7 @@ def test_low_resolution():
     low = fm.low_resolution(x, 4)
     assert low.shape == x.shape
     assert low.var() < 0.3 * x.var()
+    assert fm.low_resolution(x, 2).var() > 2 * low.var()  # a smaller factor keeps more
     seen = fm.conditioned(lambda x, t: x, low)(x, torch.rand(2))
     assert torch.equal(seen, torch.cat([x, low], dim=1))
 
@@ -344,6 +368,42 @@ def test_low_resolution():
 def test_psnr():
     x = torch.zeros(1, 1, 4, 4)
     assert fm.psnr(x + 0.2, x) == pytest.approx(20.0)  # 10 log10(2² / 0.2²)
+
+
+def test_bits_per_dim_of_the_standard_normal(tmp_path):
+    """An untrained network is v = 0: p_1 is the prior, and three channels count as three."""
+    torch.set_default_dtype(torch.float32)
+    settings = {"dataset": "pictures", "out": str(tmp_path), "device": "cpu", "steps": 0}
+    cfg = fm.Config(**settings, width=8, mult=(1, 1), blocks=1, nll_examples=70, tol=1e-3)
+    grey = torch.full((70, 3, 4, 4), 127, dtype=torch.uint8)  # within 1/128 of zero
+    data = common.Data("grey", grey, torch.zeros(70), grey, torch.zeros(70))
+    path = OT()
+    net = common.network(dataclasses.replace(cfg, attention=None), data)
+    run = common.Run(cfg, net, torch.device("cpu"))
+    fm.evaluate_images(cfg, run, data, path)
+    record = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
+    assert record["examples"] == 70
+    assert record["bits_per_dim"] == pytest.approx(7 + math.log2(2 * math.pi) / 2, abs=1e-4)
+
+
+def test_training_draws_times_and_data_as_it_should(tmp_path, monkeypatch):
+    torch.set_default_dtype(torch.float32)
+    seen = []
+
+    def loss(v, x_0, x_1, t, path):
+        seen.append((x_1, t))
+        return v(x_0, t).square().mean()
+
+    monkeypatch.setitem(fm.LOSSES, "cfm", loss)
+    cfg = fm.Config(dataset="glyphs", out=str(tmp_path), steps=1, width=8, mult=(1,), blocks=1)
+    cfg = dataclasses.replace(cfg, batch_size=512, device="cpu", path="vp", attention=None)
+    fm.train(cfg, *fm.prepare(cfg))
+    x_1, t = seen[0]
+    assert 0 <= t.min() < 0.02
+    assert 0.98 < t.max() <= VP.t_max
+    assert t.mean().item() == pytest.approx(0.5, abs=0.065)  # five standard errors
+    offset = (x_1 + 1) * 128 % 1  # within its bin: uniform, not in the middle
+    assert offset.std().item() == pytest.approx(12**-0.5, rel=0.01)
 
 
 # ---- Devices and learning -----------------------------------------------------------------------
@@ -362,7 +422,9 @@ def test_losses_and_samplers_keep_to_their_device(path):
         v = fm.vector_field(net, path, name)
         assert fm.sample(v, x_0, path, method="midpoint", steps=2)[0].is_meta
         for trace in ("exact", "rademacher", "gaussian"):
-            assert fm.log_prob(v, x_1, path, trace, method="euler", steps=2)[0].is_meta
+            assert fm.log_prob(v, x_1, path, fm.probe(x_1, trace), method="euler", steps=2)[
+                0
+            ].is_meta
     data = torch.empty(5, 2, device="meta")
     assert fm.marginal_field(x_0, t, data, path).is_meta
     assert fm.k_sample_log_prob(lambda x: x.flatten(1).sum(1), x_1, 2).is_meta
