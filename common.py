@@ -1290,7 +1290,8 @@ class Run:
             temporary.write_text("".join(line for line in lines if self._is_past(line)))
             os.replace(temporary, metrics)
             about["device"] = f"{self.device} ({platform.processor() or platform.machine()})"
-            (self.folder / "config.json").write_text(json.dumps(about, indent=2) + "\n")
+            if not self.stage:  # a later stage may change its own settings, not the run's
+                (self.folder / "config.json").write_text(json.dumps(about, indent=2) + "\n")
         except OSError as error:
             raise UserError(
                 f"cannot write to {self.folder}: {error.strerror}; choose --out"

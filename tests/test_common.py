@@ -598,7 +598,8 @@ def test_two_stages_resume_exactly(tmp_path):
             run.step(line_loss(run, x) + 0.1 * torch.randn(()) * run.net.w.sum())
         run.report("test", figure=1.0)
         torch.randn(7)  # as an evaluation might
-        second = common.Run(cfg, run.net, device, stage="second", optimizer=torch.optim.SGD)
+        shorter = dataclasses.replace(cfg, steps=20)
+        second = common.Run(shorter, run.net, device, stage="second", optimizer=torch.optim.SGD)
         for x, _ in second.batches(data):
             second.step(line_loss(second, x) + 0.1 * torch.randn(()) * second.net.w.sum())
             if second.done == stop:
@@ -625,8 +626,9 @@ def test_two_stages_resume_exactly(tmp_path):
     lines = (tmp_path / "broken" / "metrics.jsonl").read_text().splitlines()
     kept = [(r.get("stage"), r["step"], "split" in r) for r in map(json.loads, lines)]
     assert kept == [
-        (None, 30, False), (None, 30, True), ("second", 30, False), ("second", 30, True),
+        (None, 30, False), (None, 30, True), ("second", 20, False), ("second", 20, True),
     ]  # fmt: skip
+    assert json.loads((rest.folder / "config.json").read_text())["steps"] == 30  # the run's
     (tmp_path / "broken" / "checkpoint-second.pt").unlink()  # killed before its first checkpoint
     again = stages(dataclasses.replace(cfg, resume=True))
     assert torch.equal(whole.net.w, again.net.w)

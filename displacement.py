@@ -1,0 +1,714 @@
+"""A Convexity Principle for Interacting Gases. McCann, Advances in Mathematics 128 (1997), 153-179
+
+Implements  by name, not by number; a name in brackets recurs on the line that computes it:
+            [displacement interpolation], [monotone rearrangement] (one dimension), [Gaussian map]
+            (Bures' formulas), [optimal assignment] (point clouds), [push-forward] (with the
+            Jacobian determinant), [internal energy], [external potential], [interaction energy],
+            [condition on A], [pressure], [convex potentials], [convexity principle], [ground
+            state], [norm concavity], [Brunn-Minkowski], [velocity] (the link to flow matching)
+Conventions t = 0 is rho_0, t = 1 is rho_1, both given; T = grad psi, psi convex, T_# rho_0 = rho_1.
+            E = U + F + G: U = int A(rho) dx, F = int W drho, G = 1/2 iint V(x - y) drho drho (the
+            abstract's potential energy); the 1/2 stands in G alone. Energies are in float64.
+Departures  1. A theory paper: every example here is ours. The gas has V = |x|²/2 (quadratic
+               attraction), whose ground states are closed forms.
+            2. The external potential W and descent in Wasserstein space are later literature's.
+            3. Along mixtures U is convex too, as the condition makes A convex; F is linear. It is
+               G whose convexity fails there, and the concavity of the norm.
+Run         python displacement.py                                     two spirals to checkerboard
+            python displacement.py --source moons --dataset rings --batch-size 2048
+            python displacement.py --num-samples 4096 --time 0.5       points of rho_1/2
+"""
+
+import math
+from dataclasses import dataclass, replace
+from typing import Annotated, Literal
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+from torch import nn
+
+import common
+from common import Count, Natural, Positive, UserError
+
+Instant = Annotated[float, lambda v: 0 <= v <= 1, "a number in [0, 1]"]
+
+
+@dataclass
+class Config(common.Config):
+    dataset: str = "checkerboard"  # rho_1 of the point clouds: a 2-D density's name
+    source: str = "two_spirals"  # rho_0 of the point clouds, likewise
+    steps: Natural = 8_000  # steps of the descent to the ground state
+    batch_size: Count = 1024  # points of each cloud; the assignment's time grows as their cube
+    lr: Positive = 6e-4  # step of the descent; the explicit scheme's bound falls as 1/quantiles²
+    warmup: Natural = 0  # steps of linear rise to the peak
+    decay: Literal["constant", "linear", "cosine"] = "constant"  # of the step
+    clip: Positive | None = None  # largest norm of the gradient
+    ema: common.Fraction | None = None  # the gas itself, no average
+    device: str = "cpu"  # cpu, or any torch device that knows float64
+    quantiles: Count = 48  # N, the equal masses that make up a gas
+    time: Instant = 0.5  # t of the rho_t that --num-samples writes
+
+
+PRESETS = {}  # no data set changes a setting
+
+
+# ---- Displacement interpolation -----------------------------------------------------------------
+
+
+def interpolate(x_0, x_1, t):
+    """Where what stood at x_0 and shall stand at x_1 = T(x_0) is at time t: rho_t's points."""
+    return (1 - t) * x_0 + t * x_1  # [displacement interpolation]: rho_t = [(1-t) id + tT]_# rho_0
+
+
+def wasserstein_squared(x_0, x_1, mass):
+    """W2² = int |x - T(x)|² drho_0 of optimal pairs x_0, x_1 (n, D) of masses (n,)."""
+    return (mass * (x_0 - x_1).square().sum(-1)).sum(-1)
+
+
+# In one dimension a density is a list of pieces: piece k spreads mass[k] evenly over the interval
+# ends[k], (M, 2). Pieces of two densities that are paired in order give T, affine on every piece.
+
+
+def monotone_rearrangement(edges_0, p_0, edges_1, p_1):
+    """Cut two histograms at each other's quantiles. No grid of levels; gaps are allowed.
+
+    edges_i (K+1,) rise; p_i (K,) >= 0 are the cells' masses, spread evenly in a cell, of sum 1.
+    Returns mass (M,), ends_0 (M, 2), ends_1 (M, 2).
+    """
+    F_0, F_1 = (torch.cat([p.new_zeros(1), p.cumsum(0)]) for p in (p_0, p_1))
+    F_0, F_1 = F_0 / F_0[-1], F_1 / F_1[-1]
+    u = torch.cat([F_0, F_1]).sort().values
+    u = torch.cat([u[:1], u[1:][u.diff() > 1e-12]])  # lighter pieces drown in rounding: joined
+    u[-1] = 1
+
+    def quantiles(edges, F):
+        def Q(u, right):  # the limit from the right, or from the left
+            k = torch.searchsorted(F, u, right=right) - 1
+            return edges[k] + (u - F[k]) / (F[k + 1] - F[k]) * (edges[k + 1] - edges[k])
+
+        return torch.stack([Q(u[:-1], right=True), Q(u[1:], right=False)], dim=1)
+
+    return u.diff(), quantiles(edges_0, F_0), quantiles(edges_1, F_1)  # [monotone rearrangement]
+
+
+def histogram(mass, ends, edges):
+    """The masses (K,) that pieces in rising order have in the cells between edges (K+1,)."""
+    F = torch.cat([mass.new_zeros(1), mass.cumsum(0)])
+    F = torch.stack([F[:-1], F[1:]], 1).flatten()
+    return torch.from_numpy(np.interp(edges.cpu(), ends.flatten().cpu(), F.cpu())).diff()
+
+
+def quadrature(mass, ends):
+    """Two Gauss points a piece, x (..., 2M, 1) and masses (..., 2M): exact up to cubics.
+
+    They move on straight lines under `interpolate`, so that energies stay exactly convex.
+    """
+    middle, half = ends.mean(-1), (ends[..., 1] - ends[..., 0]) / math.sqrt(12)
+    x = torch.cat([middle - half, middle + half], dim=-1)
+    return x[..., None], torch.cat([mass, mass], dim=-1) / 2
+
+
+def line_wasserstein_squared(mass, ends_0, ends_1):
+    """W2² = int (Q_0 - Q_1)² du of two densities in 1-D."""
+    x, w = quadrature(mass, ends_0 - ends_1)
+    return wasserstein_squared(x, 0, w)
+
+
+def square_root(S):
+    """S^(1/2) of a positive semi-definite S (D, D); eigenvalues of the size of rounding are 0."""
+    values, vectors = torch.linalg.eigh(S)
+    noise = len(S) * torch.finfo(S.dtype).eps * values[-1].clamp(min=0)
+    return (vectors * values.where(values > noise, 0).sqrt()) @ vectors.T
+
+
+def gaussian_map(S_0, S_1):
+    """A with T(x) = m_1 + A (x - m_0) from N(m_0, S_0) to N(m_1, S_1): A S_0 A = S_1, A >= 0.
+
+    A = S_1^½ (S_1^½ S_0 S_1^½)^(-½) S_1^½ divides by the root of a nearly singular S_0, not by S_0;
+    singular values of S_0^½ S_1^½ keep full precision. Raises ValueError where no map exists.
+    """
+    root_1 = square_root(S_1)
+    _, s, Vh = torch.linalg.svd(square_root(S_0) @ root_1)
+    kept = s > 1e-12 * s[0]
+    W = root_1 @ Vh.T
+    if W[:, ~kept].norm() > 1e-6 * W.norm():
+        raise ValueError("S_1 has directions that S_0 lacks: no map carries one to the other")
+    return W[:, kept] / s[kept] @ W[:, kept].T  # [Gaussian map]
+
+
+def gaussian_wasserstein_squared(m_0, S_0, m_1, S_1):
+    """|m_0 - m_1|² + tr S_0 + tr S_1 - 2 tr (S_0^½ S_1 S_0^½)^½."""
+    s = torch.linalg.svdvals(square_root(S_0) @ square_root(S_1))
+    bures = (S_0.trace() + S_1.trace() - 2 * s.sum()).clamp(min=0)
+    return (m_0 - m_1).square().sum() + bures
+
+
+def gaussian_interpolation(m_0, S_0, m_1, S_1, t):
+    """m_t, S_t of the displacement interpolant, which is a Gaussian too."""
+    B = interpolate(torch.eye(len(S_0), dtype=S_0.dtype), gaussian_map(S_0, S_1), t)
+    return interpolate(m_0, m_1, t), B @ S_0 @ B  # [displacement interpolation]
+
+
+def gaussian_velocity(m_0, S_0, m_1, S_1):
+    """The field v(x, t) whose flow carries N(m_0, S_0) along rho_t: v at x_t is T(x_0) - x_0."""
+    a, E = torch.linalg.eigh(gaussian_map(S_0, S_1))  # A = E diag(a) Eᵀ, B_t = (1-t) I + t A
+
+    def v(x, t):  # (B, D), (B,) -> (B, D)
+        y = (x - interpolate(m_0, m_1, t[:, None])) @ E
+        return m_1 - m_0 + ((a - 1) / interpolate(1, a, t[:, None]) * y) @ E.T  # [velocity]
+
+    return v
+
+
+def optimal_assignment(cost):
+    """The permutation that minimises sum_i cost[i, perm[i]], with its certificate.
+
+    Shortest augmenting paths: Dijkstra over the reduced costs cost_ij - u_i - v_j >= 0 leads from
+    each free row to a free column, closing one column a round; a round is O(n) in numpy.
+
+    Returns perm int64 (n,), u (n,), v (n,): u_i + v_j <= cost_ij, with equality on the pairs, so
+    that no permutation is cheaper. cost (n, n) of any sign; raises ValueError if not finite.
+    """
+    c = np.asarray(cost.detach().cpu(), dtype=np.float64)
+    n = len(c)
+    if c.shape != (n, n) or not np.isfinite(c).all():
+        raise ValueError(f"the costs must be a finite square matrix, not of shape {c.shape}")
+    v = c.min(axis=0)
+    u = (c - v).min(axis=1)
+    nearest = (c - v).argmin(axis=1)
+    row_of, column_of = np.full(n, -1), np.full(n, -1)
+    row_of[nearest] = np.arange(n)  # of the rows that want a column the last has it
+    taken = np.flatnonzero(row_of >= 0)
+    column_of[row_of[taken]] = taken
+    for start in np.flatnonzero(column_of < 0):
+        reach, came_from = np.full(n, np.inf), np.full(n, -1)  # by open columns' shortest paths
+        price = v.copy()  # -inf once a column is closed
+        closed, lengths, row, length = [], [], start, 0.0
+        while row >= 0:
+            through_row = c[row] - price + (length - u[row])
+            shorter = through_row < reach
+            reach[shorter] = through_row[shorter]
+            came_from[shorter] = row
+            column = reach.argmin()
+            length = reach[column]
+            reach[column], price[column] = np.inf, -np.inf
+            closed.append(column)
+            lengths.append(length)
+            row = row_of[column]
+        inner = closed[:-1]
+        rise = length - np.array(lengths[:-1])
+        v[inner] -= rise
+        u[row_of[inner]] += rise
+        u[start] += length
+        while row != start:  # swap along the path
+            row = came_from[column]
+            row_of[column] = row
+            column_of[row], column = column, column_of[row]
+    return tuple(torch.from_numpy(x) for x in (column_of, u, v))  # [optimal assignment]
+
+
+def optimal_pairs(x_0, x_1):
+    """x_1 (n, D) in the order in which x_0 (n, D) is carried to it, and the dual's W2²."""
+    mode = "donot_use_mm_for_euclid_dist"  # which cancels
+    perm, u, v = optimal_assignment(torch.cdist(x_0, x_1, compute_mode=mode).square())
+    return x_1[perm.to(x_1.device)], (u + v).mean().item()
+
+
+def push_forward(x, log_rho, T, t):
+    """x (B, D) and log rho_0(x) (B,) -> x_t (B, D) and log rho_t(x_t) (B,).
+
+    T: (B, D) -> (B, D), row by row, the gradient of a convex function.
+    """
+    DT = torch.func.vmap(torch.func.jacrev(lambda x: T(x[None])[0]))(x)  # (B, D, D)
+    B = interpolate(torch.eye(x.shape[1], dtype=x.dtype, device=x.device), DT, t)
+    return interpolate(x, T(x), t), log_rho - torch.logdet(B)  # [push-forward]
+
+
+# ---- Energies and McCann's conditions -----------------------------------------------------------
+
+
+def power_law(q):
+    """A(rho) = rho^q / (q - 1); at q = 1 its limit up to a multiple of rho, the entropy's."""
+    return lambda rho: torch.xlogy(rho, rho) if q == 1 else rho**q / (q - 1)
+
+
+def quadratic(x):
+    return x.square().sum(-1) / 2
+
+
+def distance(x):
+    return x.norm(dim=-1)
+
+
+def internal(mass, width, A):
+    """U of cells (..., M) of even density; inf where a cell has no width."""
+    return torch.where(width > 0, width * A(mass / width), torch.inf).sum(-1)  # [internal energy]
+
+
+def external(x, mass, W):
+    """F of points (..., n, D) with masses (..., n)."""
+    return (mass * W(x)).sum(-1)  # [external potential]
+
+
+def interaction(x, mass, V):
+    """G of points x (..., n, D) with masses (..., n)."""
+    V_xy = V(x[..., :, None, :] - x[..., None, :, :])  # (..., n, n)
+    return (mass * (V_xy @ mass[..., None]).squeeze(-1)).sum(-1) / 2  # [interaction energy]
+
+
+def pressure(A, rho):
+    """P(rho) = rho A'(rho) - A(rho), (n,) -> (n,)."""
+    return rho * torch.func.vmap(torch.func.grad(A))(rho) - A(rho)  # [pressure]
+
+
+def condition_on_A(A, d):
+    """Whether int A(rho) is displacement convex in d dimensions, tried on a grid of four decades.
+
+    Returns (lambda^d A(lambda^-d) is convex and non-increasing, P >= 0 and P / rho^((d-1)/d) does
+    not fall). The two agree: the former's derivative is -d lambda^(d-1) P at rho = lambda^-d.
+    """
+    x = torch.logspace(-2, 2, 401, dtype=torch.float64)
+    slope = (x**d * A(x**-d)).diff() / x.diff()
+    P = pressure(A, x)
+    ratio = P / x ** ((d - 1) / d)
+    convex = slope.diff() >= -1e-9 * slope.abs()[1:]
+    falling = slope <= 1e-9 * slope.abs().max()
+    rising = ratio.diff() >= -1e-9 * ratio.abs()[1:]
+    by_pressure = rising.all() and (P >= 0).all()
+    return bool(convex.all() and falling.all()), bool(by_pressure)  # [condition on A]
+
+
+def is_convex(V, d, n=10_000, bound=5.0):
+    """Whether V (n, d) -> (n,) lies below its chords' middles, for n random chords."""
+    rng = torch.Generator().manual_seed(0)
+    x, y = bound * (2 * torch.rand(2, n, d, generator=rng, dtype=torch.float64) - 1)
+    chord = (V(x) + V(y)) / 2
+    return bool((V((x + y) / 2) <= chord + 1e-9 * (1 + chord.abs())).all())  # [convex potentials]
+
+
+def second_derivative(energy, times):
+    """Of an energy (T,) at equally spaced times, by differences, (T - 2,)."""
+    return energy.diff(n=2) / (times[1] - times[0]) ** 2  # >= 0: the [convexity principle]
+
+
+def norm_power(integral, q, d):
+    """||rho||_q^(-p/d), 1/p + 1/q = 1, from int rho^q; concave along rho_t for q >= (d-1)/d."""
+    return integral ** (1 / (d * (1 - q)))  # [norm concavity]
+
+
+def gaussian_internal(S, q):
+    """U of N(m, S), (..., D, D) -> (...), for A = power_law(q)."""
+    d, det = S.shape[-1], torch.linalg.det(S)
+    if q == 1:
+        return -torch.log((2 * math.pi * math.e) ** d * det) / 2
+    return ((2 * math.pi) ** d * det) ** ((1 - q) / 2) * q ** (-d / 2) / (q - 1)
+
+
+# A convex polygon is its edges (..., k, 2) in any order: sorted by angle they close up convexly.
+# A Minkowski sum has the edges of both.
+
+
+def area(edges):
+    """(..., k, 2), of sum zero -> (...)."""
+    order = torch.atan2(edges[..., 1], edges[..., 0]).argsort(-1)
+    x, y = torch.take_along_dim(edges, order[..., None], -2).unbind(-1)
+    return (x.cumsum(-1) * y - y.cumsum(-1) * x).sum(-1) / 2
+
+
+def minkowski(K, L, t):
+    """Edges of (1-t) K + t L."""
+    return torch.cat([(1 - t) * K, t * L], dim=-2)
+
+
+def brunn_minkowski_excess(K, L, t):
+    """|(1-t)K + tL|^½ - (1-t)|K|^½ - t|L|^½ of convex polygons: never below 0."""
+    roots = area(K).sqrt(), area(L).sqrt()
+    return area(minkowski(K, L, t)).sqrt() - interpolate(*roots, t)  # [Brunn-Minkowski]
+
+
+# ---- The ground state of an interacting gas -----------------------------------------------------
+
+GASES = {"A = rho log rho": 1, "A = rho^2": 2}  # their exponents q; with V = |x|²/2 and no W
+
+
+def both_gases(rho):
+    """A of each of GASES, for rho (gases, ...)."""
+    return torch.stack([power_law(q)(r) for q, r in zip(GASES.values(), rho, strict=True)])
+
+
+def gas_energy(Q, A, V=quadratic):
+    """E = U + G of gases in 1-D whose quantiles at the levels k/N are Q (..., N+1), -> (...)."""
+    ends = torch.stack([Q[..., :-1], Q[..., 1:]], dim=-1)
+    mass = torch.full_like(ends[..., 0], 1 / ends.shape[-2])
+    return internal(mass, Q.diff(), A) + interaction(*quadrature(mass, ends), V)
+
+
+def ground_state(x, q):
+    """The minimiser of mean 0 of int A(rho) + 1/2 iint |x-y|²/2, A = power_law(q), q >= 1, in 1-D.
+
+    A'(rho) + x²/2 is constant where rho > 0: the normal law at q = 1, else Barenblatt's profile.
+    Returns its density at x and its energy.
+    """
+    if q == 1:
+        return torch.exp(-(x**2) / 2) / math.sqrt(2 * math.pi), -math.log(2 * math.pi) / 2
+    k = 1 / (q - 1)
+    # int (1 - x²)^k dx over [-1, 1]; and with k + 1, which rho^q has
+    beta, beta_q = (
+        math.sqrt(math.pi) * math.gamma(a + 1) / math.gamma(a + 1.5) for a in (k, k + 1)
+    )
+    height = ((q - 1) / (2 * q)) ** k
+    radius = (height * beta) ** (-1 / (2 * k + 1))
+    U = height**q * radius ** (2 * k + 3) * beta_q / (q - 1)
+    rho = height * (radius**2 - x**2).clamp(min=0) ** k
+    return rho, U * (q + 1) / 2  # [ground state]; G = (q - 1) U / 2, as dilations leave E at rest
+
+
+def starts(n):
+    """Five quantile functions at the levels k/n, (5, n+1), of density at most 0.6."""
+    s = torch.linspace(-1, 1, n + 1, dtype=torch.float64)
+    skewed = -2 * torch.log(1.06 - (s + 1) / 2)
+    clumps = 2.2 * s + 1.2 * torch.sin(3 * math.pi * s) / (3 * math.pi)
+    shapes = [skewed, 3 * s, 1.2 * s, s + 1.3 * torch.tanh(4 * s), clumps]
+    means = torch.linspace(-8, 8, 5, dtype=torch.float64)[:, None]
+    Q = torch.stack(shapes)
+    return Q - mean(Q)[:, None] + means
+
+
+def mean(Q):
+    """Of gases with quantiles Q (..., N+1)."""
+    return (Q[..., 1:] + Q[..., :-1]).mean(-1) / 2
+
+
+class Gases(nn.Module):
+    """Quantiles Q (..., N+1) as a parameter theta = sqrt(weight) Q, |d theta|² = int (dQ)² du.
+
+    That is the length of Wasserstein space (by the trapezoidal rule), so that plain gradient
+    descent of theta is descent there: in Q it moves N times as far as dE/dQ.
+    """
+
+    def __init__(self, Q):
+        super().__init__()
+        n = Q.shape[-1] - 1
+        root = torch.full((n + 1,), n**-0.5, dtype=Q.dtype)
+        root[[0, -1]] /= math.sqrt(2)
+        self.register_buffer("root", root)
+        self.register_buffer("start", Q)
+        self.theta = nn.Parameter(Q * root)
+
+    def forward(self):
+        return self.theta / self.root
+
+
+def train(run):
+    """Descend E = U + G in Wasserstein space, for every gas and start at once."""
+    for _ in run.steps():
+        Q = run.net()  # (gases, starts, N+1)
+        run.step(gas_energy(Q, both_gases).sum())  # to the [ground state]
+
+
+# ---- Evaluation: every part reports its figures and returns panels (title, image, caption) -------
+
+
+def grid(low, high, n):
+    return torch.linspace(low, high, n, dtype=torch.float64)
+
+
+def curve(x, y):
+    """The points (n, 2) of a line in a chart."""
+    return torch.stack([x, y], dim=1)
+
+
+def evaluate_line(run):
+    """Two densities in 1-D: interpolation beside mixture, and the convexity of the energies."""
+    edges, times = grid(-6.5, 6.5, 321), grid(0, 1, 41)
+    cells = torch.stack([edges[:-1], edges[1:]], dim=1)
+    x = cells.mean(1)
+
+    def bumps(*parts):  # (weight, mean, width)
+        rho = sum(w / s * torch.exp(-(((x - m) / s) ** 2) / 2) for w, m, s in parts)
+        return rho / rho.sum()
+
+    def energies(mass, ends):
+        width, law = ends[:, 1] - ends[:, 0], quadrature(mass, ends)
+        norm = norm_power(internal(mass, width, torch.square), q=2, d=1)
+        U = internal(mass, width, power_law(1))
+        return torch.stack([U, external(*law, quadratic), interaction(*law, quadratic), norm])
+
+    p_0 = bumps((0.6, -4.2, 0.5), (0.4, -2.9, 0.35))
+    p_1 = bumps((0.3, 1.2, 0.4), (0.3, 3.1, 0.35), (0.4, 4.7, 0.3))
+    mass, ends_0, ends_1 = monotone_rearrangement(edges, p_0, edges, p_1)
+    run.report("line", W2=line_wasserstein_squared(mass, ends_0, ends_1).sqrt().item())
+    ridges, curves = ([], []), ([], [])  # of the displacement, of the mixture
+    for k, t in enumerate(times):
+        ends_t, p_t = interpolate(ends_0, ends_1, t), interpolate(p_0, p_1, t)
+        curves[0].append(energies(mass, ends_t))
+        curves[1].append(energies(p_t, cells))
+        if k % 5 == 0:  # drawn from the back to the front
+            for shapes, p in zip(ridges, (histogram(mass, ends_t, edges), p_t), strict=True):
+                ridge, colour = curve(x, p / edges.diff() - 0.08 * k), colour_at(t)
+                shapes += [("fill", ridge, (*colour, 80), 0), ("line", ridge, colour, 2)]
+    box, names = (-6.5, 6.5, -3.4, 0.8), ("displacement interpolation (teal)", "mixture (red)")
+    panels = [
+        (name, chart((300, 280), box, shapes), "t = 0 at the top, t = 1 below")
+        for name, shapes in zip(names, ridges, strict=True)
+    ]
+    curves = torch.stack([torch.stack(path, dim=1) for path in curves], dim=1)  # (4, 2, T)
+    names = "internal energy U", "external energy F", "interaction energy G", "norm ||rho||^-2"
+    for name, paths in zip(names, curves, strict=True):
+        bend = second_derivative(paths, times)
+        concave = name.startswith("norm")
+        worst = (bend.amax(1) if concave else bend.amin(1)).tolist()
+        sign = "<=" if concave else ">="
+        run.report(f"{name}, d2/dt2 {sign}", displacement=worst[0], mixture=worst[1])
+        chord = interpolate(paths[0, 0], paths[0, -1], times)
+        lines = zip((chord, *paths), (GREY, TEAL, RED), strict=True)
+        shapes = [("line", curve(times, y), colour, 4) for y, colour in lines]
+        teal, red = (round(w, 6) + 0.0 for w in worst)
+        caption = f"d2/dt2 {sign} {teal:.2g} teal, {red:.2g} red"
+        panels.append((name, chart((202, 280), None, shapes), caption))
+    return panels
+
+
+def evaluate_clouds(cfg, run, source, data):
+    """Two point clouds: exact transport with its certificate, beside the mixture."""
+    n = cfg.batch_size
+    x_0, x_1 = (side.batch(n)[0].cpu().double() for side in (source, data))
+    mass = torch.full((n,), 1 / n, dtype=torch.float64)
+    unpaired = wasserstein_squared(x_0, x_1, mass).sqrt().item()
+    x_1, dual = optimal_pairs(x_0, x_1)
+    squared = wasserstein_squared(x_0, x_1, mass).item()
+    figures = {"W2": squared**0.5, "unpaired": unpaired, "duality_gap": squared - dual}
+    run.report("clouds", points=n, **figures)
+
+    colours = [hue_colour(a / (2 * math.pi)) for a in torch.atan2(*x_0.T.flip(0)).tolist()]
+    bound = 1.1 * torch.cat([x_0, x_1]).abs().max().item()
+    box, corner = (-bound, bound, -bound, 1.2 * bound), torch.tensor([[-0.96, 1.15]]) * bound
+    images = ([], [])
+    for t in grid(0, 1, 5).tolist():
+        moved = interpolate(x_0, x_1, t)
+        mixed = torch.where(torch.arange(n)[:, None] >= t * n, x_0, x_1)
+        for row, x_t, name in zip(images, (moved, mixed), ("displaced", "mixed"), strict=True):
+            text = ("text", corner, (235, 235, 245), f"{name}, t = {t:.2f}")
+            shapes = [("dots", x_t, colours, 2), text]
+            row.append(chart((196, 216), box, shapes, background=(14, 16, 34)))
+    caption = f"{n} points by exact assignment, W2 = {squared**0.5:.3f}; colour: the point's start"
+    image = Image.fromarray(np.vstack([np.hstack(row) for row in images]))
+    return [(f"{cfg.source} to {cfg.dataset}", image, caption)]
+
+
+def evaluate_gaussians(run):
+    """Two Gaussians: the flow of the OT velocity by odeint, and the change of variables."""
+    m_0, m_1 = torch.tensor([[-2.4, -0.7], [2.3, 0.5]], dtype=torch.float64)
+    S_0, S_1 = torch.tensor(
+        [[[0.9, 0.5], [0.5, 0.5]], [[0.3, -0.4], [-0.4, 1.1]]], dtype=torch.float64
+    )
+    rng = torch.Generator().manual_seed(0)
+    x_0 = m_0 + torch.randn(200, 2, generator=rng, dtype=torch.float64) @ square_root(S_0)
+    A, times = gaussian_map(S_0, S_1), grid(0, 1, 9)
+    x, _ = common.odeint(gaussian_velocity(m_0, S_0, m_1, S_1), x_0, times)  # (9, 200, 2)
+    laws = [gaussian_interpolation(m_0, S_0, m_1, S_1, t) for t in times]
+
+    def T(x):
+        return m_1 + (x - m_0) @ A
+
+    normal = torch.distributions.MultivariateNormal
+    x_half, log_rho = push_forward(x_0, normal(m_0, S_0).log_prob(x_0), T, 0.5)
+    speed = x.diff(dim=0).norm(dim=-1) * (len(times) - 1)
+    run.report(
+        "gaussians",
+        W2=gaussian_wasserstein_squared(m_0, S_0, m_1, S_1).sqrt().item(),
+        flow_end_error=(x[-1] - T(x_0)).abs().max().item(),
+        speed_variation=(speed.amax(0) - speed.amin(0)).max().item(),
+        log_density_error=(log_rho - normal(*laws[4]).log_prob(x_half)).abs().max().item(),
+    )
+    angle = grid(0, 2 * math.pi, 97)
+    circle = 2 * torch.stack([angle.cos(), angle.sin()], dim=1)
+    shapes = [("line", path, (120, 125, 140, 110), 1) for path in x.unbind(1)]
+    for t, (m, S) in zip(times, laws, strict=True):
+        ellipse, colour = m + circle @ square_root(S), colour_at(t)
+        shapes += [("fill", ellipse, (*colour, 26), 0), ("line", ellipse, colour, 3)]
+    shapes += [("dots", x[i], [colour_at(i / 8)] * len(x_0), 2) for i in (0, 8)]
+    caption = "N(m_t, S_t) by Bures' formulas; the straight paths are solved by odeint"
+    image = chart((484, 432), None, shapes)
+    return [("two Gaussians: the flow of v(x, t) = T(x_0) - x_0", image, caption)]
+
+
+def evaluate_gases(run):
+    """Every gas from every start, against the closed form of its ground state."""
+    edges, panels = grid(-8, 8, 4001), []
+    x = (edges[1:] + edges[:-1]) / 2
+    with torch.no_grad():
+        Q = run.net().cpu()  # (gases, starts, N+1)
+        energies = gas_energy(Q, both_gases)
+    centred = Q - mean(Q)[..., None]
+    even = torch.full_like(Q[0, 0, 1:], 1 / (Q.shape[-1] - 1))
+    for i, (name, q) in enumerate(GASES.items()):
+        rho, least = ground_state(x, q)
+        far = [
+            line_wasserstein_squared(*monotone_rearrangement(knots, even, edges, rho)).sqrt()
+            for knots in centred[i]
+        ]
+        E, far = energies[i].max().item(), max(far).item()
+        apart = (centred[i] - centred[i, 0]).abs().max().item()
+        figures = {"energy": E, "least": least, "W2_to_closed_form": far, "starts_apart": apart}
+        run.report(f"gas, {name}", **figures)
+        shapes = [("fill", curve(3 * x, rho)[rho > 1e-4], (205, 208, 216), 0)]
+        tiers = [("start", run.net.start[i].cpu(), 1, 1.5), ("end", Q[i], 1, 0.75)]
+        tiers.append(("end, mean moved to 0, three times as wide", centred[i], 3, 0))
+        for text, gases, scale, floor in tiers:
+            shapes.append(("text", torch.tensor([[-12.6, floor + 0.67]]), (90, 95, 105), text))
+            for k, knots in enumerate(gases):
+                at = torch.cat([knots[:1], (knots[1:] + knots[:-1]) / 2, knots[-1:]]) * scale
+                line = curve(at, nn.functional.pad(even / knots.diff(), (1, 1)) + floor)
+                colour = hue_colour(0.55 + k / 5)
+                if floor:
+                    shapes.append(("fill", line, (*colour, 60), 0))
+                shapes.append(("line", line, colour, 2))
+        image = chart((370, 300), (-13, 13, -0.03, 2.22), shapes)
+        caption = f"grey: the closed form, W2 to it {far:.3f}; E = {E:.4f}, least {least:.4f}"
+        panels.append((f"five gases, {name}, V = |x|^2/2", image, caption))
+    return panels
+
+
+def evaluate_conditions(run):
+    """McCann's conditions; what the violation of that on A does to a Gaussian that spreads."""
+    run.report("convex", quadratic=is_convex(quadratic, 2), distance=is_convex(distance, 2))
+    times, shapes = grid(0, 1, 41), []
+    S = interpolate(0.3, 1.5, times)[:, None, None] ** 2 * torch.eye(2, dtype=torch.float64)
+    for q, colour in ((2, TEAL), (1, TEAL), (0.5, GREY), (0.3, RED)):
+        U = gaussian_internal(S, q)
+        least = second_derivative(U, times).min().item()
+        holds = condition_on_A(power_law(q), 2)[0]
+        run.report(f"A = rho^q/(q-1), q = {q}, d = 2", condition=holds, least_d2=least)
+        line = curve(times, (U - U[-1]) / (U[0] - U[-1]))
+        label = line[14:15] + torch.tensor([[0.02, 0.07]])
+        shapes += [("line", line, colour, 4), ("text", label, colour, f"q = {q}")]
+    image = chart((280, 300), (-0.05, 1.05, -0.08, 1.08), shapes)
+    return [("U of a spreading Gaussian, d = 2", image, "rho^q/(q-1): convex iff q >= 1 - 1/d")]
+
+
+def evaluate_brunn_minkowski(run):
+    """The inequality on random pairs of convex polygons."""
+    rng = torch.Generator().manual_seed(0)
+    n, times = 2_000, grid(0, 1, 41)
+    K, L = torch.randn(2, n, 7, 2, generator=rng, dtype=torch.float64)  # heptagons
+    K, L = (e - e.mean(1, keepdim=True) for e in (K, L))
+    excess = torch.stack([brunn_minkowski_excess(K, L, t) for t in times], dim=1)  # (n, T)
+    least = excess[:, 1:-1].min().item()
+    run.report("Brunn-Minkowski", pairs=n, least_excess=least)
+    shown = enumerate(excess[:40])
+    shapes = [("line", curve(times, y), (*hue_colour(k / 40), 190), 2) for k, y in shown]
+    image = chart((416, 300), None, shapes)
+    caption = f"excess over the chord, 40 of {n} random pairs; least of all {least:.1e}"
+    return [("Brunn-Minkowski: |(1-t) K + t L|^1/2", image, caption)]
+
+
+# ---- Pictures -----------------------------------------------------------------------------------
+
+TEAL, RED, GREY = (0, 122, 135), (214, 70, 60), (170, 174, 184)
+
+
+def colour_at(t):
+    """Time as a colour: indigo at t = 0, orange at t = 1."""
+    return tuple(
+        int(interpolate(a, b, t)) for a, b in zip((64, 60, 170), (240, 120, 40), strict=True)
+    )
+
+
+def hue_colour(hue):
+    """A bright colour of the wheel; hue has period 1."""
+    return tuple(int(140 + 110 * math.cos(2 * math.pi * (hue - k / 3))) for k in range(3))
+
+
+def chart(size, box, shapes, background=(250, 250, 252)):
+    """A picture without axes, drawn at three times its size and shrunk.
+
+    box: (left, right, bottom, top) in the units of the data, or None to fit. shapes are drawn in
+    order: ("fill" | "line", points (n, 2), colour, width), ("dots", points, colours, radius) or
+    ("text", point (1, 2), colour, text).
+    """
+    if box is None:
+        points = torch.cat([xy.cpu() for _, xy, _, _ in shapes])
+        low, high = points.amin(0), points.amax(0)
+        low, high = low - 0.06 * (high - low), high + 0.06 * (high - low)
+        box = (low[0], high[0], low[1], high[1])
+    left, right, bottom, top = map(float, box)
+    canvas = Image.new("RGB", (3 * size[0], 3 * size[1]), background)
+    draw = ImageDraw.Draw(canvas, "RGBA")
+    scale = torch.tensor([canvas.width / (right - left), canvas.height / (bottom - top)])
+    for kind, points, colour, extra in shapes:
+        xy = (points.cpu() - torch.tensor([left, top])) * scale
+        pixels = [tuple(point) for point in xy.tolist()]
+        if kind == "fill":
+            draw.polygon(pixels, fill=colour)
+        elif kind == "line":
+            draw.line(pixels, fill=colour, width=extra, joint="curve")
+        elif kind == "text":
+            draw.text(pixels[0], extra, fill=colour, font_size=36)
+        else:
+            r = 1.5 * extra
+            for (x, y), own in zip(pixels, colour, strict=True):
+                draw.ellipse((x - r, y - r, x + r, y + r), fill=own)
+    return canvas.resize(size, Image.Resampling.LANCZOS)
+
+
+def save_page(path, rows, gap=14):
+    """Rows of panels (title, image, caption) on one white page."""
+    heights = [max(image.height for _, image, _ in row) + 52 for row in rows]
+    width = max(sum(image.width + gap for _, image, _ in row) for row in rows) + gap
+    page = Image.new("RGB", (width, sum(heights) + gap), "white")
+    draw = ImageDraw.Draw(page)
+    y = gap
+    for row, height in zip(rows, heights, strict=True):
+        x = gap
+        for title, image, caption in row:
+            draw.text((x + 2, y), title, fill=(20, 22, 30), font_size=15)
+            page.paste(image, (x, y + 22))
+            draw.text((x + 2, y + 25 + image.height), caption, fill=(100, 104, 115), font_size=12)
+            x += image.width + gap
+        y += height
+    page.save(path)
+
+
+# ---- The run ------------------------------------------------------------------------------------
+
+
+def draw(cfg, source, data, n):
+    """n points of rho_t at cfg.time, from clouds of n points, (n, 2)."""
+    x_0, x_1 = source.batch(n)[0], data.batch(n)[0]
+    return interpolate(x_0, optimal_pairs(x_0, x_1)[0], cfg.time)
+
+
+def prepare(cfg):
+    device = common.setup(cfg)
+    if device.type == "mps":
+        raise UserError("--device mps has no float64, which the energies need: use cpu")
+    for name in (cfg.source, cfg.dataset):
+        if name not in common.DENSITIES:
+            known = ", ".join(common.DENSITIES)
+            raise UserError(f"{name!r} is no 2-D density to interpolate: give one of {known}")
+    source = common.load_data(replace(cfg, dataset=cfg.source), device)
+    data = common.load_data(cfg, device)
+    Q = starts(cfg.quantiles).repeat(len(GASES), 1, 1)
+    run = common.Run(cfg, Gases(Q), device, optimizer=lambda p: torch.optim.SGD(p, lr=cfg.lr))
+    return run, source, data
+
+
+def main(cfg):
+    run, source, data = prepare(cfg)
+    if not cfg.sample:
+        train(run)
+    if not run.finish():
+        return
+    line, clouds = evaluate_line(run), evaluate_clouds(cfg, run, source, data)
+    clouds += evaluate_gaussians(run)
+    gases = evaluate_gases(run) + evaluate_conditions(run) + evaluate_brunn_minkowski(run)
+    save_page(run.folder / "samples.png", [line, clouds, gases])
+    if cfg.num_samples:
+        run.write_samples(lambda n: draw(cfg, source, data, n))
+    run.say(f"see {run.folder / 'samples.png'}")
+
+
+if __name__ == "__main__":
+    common.cli(main, Config, PRESETS)
