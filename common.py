@@ -20,6 +20,7 @@ import math
 import os
 import platform
 import re
+import shutil
 import signal
 import sys
 import time
@@ -35,10 +36,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-import torchvision
 from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor, nn
-from torchvision.transforms.v2.functional import resize
 from tqdm import tqdm
 
 
@@ -295,7 +294,7 @@ def load_data(cfg, device="cpu"):
         dist.barrier()
     if cfg.image_size and splits[0][0].shape[-1] != cfg.image_size:
         size = [cfg.image_size, cfg.image_size]
-        splits = [(resize(x, size, antialias=True), y) for x, y in splits]
+        splits = [(F.interpolate(x, size, mode="bilinear", antialias=True), y) for x, y in splits]
     (train, train_labels), (test, test_labels) = [(x.to(device), y.to(device)) for x, y in splits]
     entropy = ENTROPIES.get(name)
     return Data(name, train, train_labels, test, test_labels, cfg.flip, entropy)
@@ -451,7 +450,8 @@ def glyphs(n, seed=0):
 
 def _torchvision_splits(name, root):
     """mnist, fashion_mnist or cifar10 from `root`, downloaded if missing."""
-    sets = torchvision.datasets
+    from torchvision import datasets as sets  # not above: it takes two seconds to import
+
     kind = {"mnist": sets.MNIST, "fashion_mnist": sets.FashionMNIST, "cifar10": sets.CIFAR10}[name]
     try:
         with redirect_stdout(sys.stderr):
@@ -468,10 +468,12 @@ def _torchvision_splits(name, root):
 
 def _damaged_file(kind, root):
     """The first of torchvision's files that exists, but is not what it should be; or None."""
-    if kind is torchvision.datasets.CIFAR10:
+    if hasattr(kind, "base_folder"):  # CIFAR-10
+        from torchvision.datasets.utils import check_integrity
+
         for name, md5 in kind.train_list + kind.test_list:
             path = root / kind.base_folder / name
-            if path.exists() and not torchvision.datasets.utils.check_integrity(path, md5):
+            if path.exists() and not check_integrity(path, md5):
                 return path
     else:
         sizes = (47_040_016, 60_008, 7_840_016, 10_008)
@@ -1251,11 +1253,16 @@ class Run:
             "rng": every_rng,
         }
         temporary = self.file.with_suffix(".tmp")
-        with open(temporary, "wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, self.file)
+        try:
+            with open(temporary, "wb") as file:
+                torch.save(state, file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, self.file)
+        except (OSError, RuntimeError) as error:  # torch raises either for a disk that is full
+            temporary.unlink(missing_ok=True)
+            kept = "the one before is kept" if self.file.exists() else "and there is none before it"
+            raise UserError(f"cannot write {self.file}, {kept}: {error}") from None
 
     def _load(self, path):
         state = load_checkpoint(path, self.cfg.script, self.device)
@@ -1311,14 +1318,27 @@ class Run:
 
     def write_samples(self, draw):
         """cfg.num_samples of draw(n) to samples.npz, in batches: images uint8 (N, H, W, C), the
-        layout that public evaluators of FID read, or vectors float32 (N, D)."""
+        layout that public evaluators of FID read, or vectors float32 (N, D).
+
+        Every batch has a random stream of its own and is kept in a file of its own until all are
+        drawn: the same command with the same --out goes on where it was interrupted.
+        """
         total, size = self.cfg.num_samples, self.cfg.batch_size
-        batches = []
-        for i in tqdm(range(0, total, size), "sampling", disable=rank() > 0, leave=False):
-            x = draw(min(size, total - i))
-            batches.append((to_uint8(x).permute(0, 2, 3, 1) if x.ndim == 4 else x).cpu())
+        settings = dataclasses.asdict(self.cfg) | {"out": None, "done": self.done}
+        parts = self.folder / f"samples-{zlib.crc32(json.dumps(settings).encode()):08x}"
+        parts.mkdir(exist_ok=True)
+        files = [parts / f"{i}.npy" for i in range(0, total, size)]
+        for i, file in enumerate(tqdm(files, "sampling", leave=False)):
+            if file.exists():
+                continue
+            torch.manual_seed(zlib.crc32(f"seed {self.cfg.seed}, samples {i}".encode()))
+            x = draw(min(size, total - i * size))
+            x = (to_uint8(x).permute(0, 2, 3, 1) if x.ndim == 4 else x).cpu()
+            np.save(file.with_suffix(".tmp.npy"), x.numpy())
+            os.replace(file.with_suffix(".tmp.npy"), file)
         path = self.folder / "samples.npz"
-        np.savez(path, torch.cat(batches).numpy())
+        np.savez(path, np.concatenate([np.load(file) for file in files]))
+        shutil.rmtree(parts)
         self.say(f"wrote {total} samples to {path}")
 
     def finish(self):
@@ -1334,10 +1354,20 @@ class Run:
 
 def save_images(path, x, columns=8):
     """A grid of images in [-1, 1], (B, C, H, W), small ones enlarged."""
-    scale = max(1, 640 // (columns * x.shape[-1]))
-    grid = torchvision.utils.make_grid(to_uint8(x.cpu()), nrow=columns, padding=1, pad_value=64)
-    grid = grid.repeat_interleave(scale, 1).repeat_interleave(scale, 2)
+    grid = image_grid(x, columns, scale=max(1, 640 // (columns * x.shape[-1])))
     Image.fromarray(grid.permute(1, 2, 0).numpy()).save(path)
+
+
+def image_grid(x, columns=8, scale=1):
+    """Images (B, C, H, W), in [-1, 1] or uint8, `scale` times as large -> uint8 (3, H', W')."""
+    x = (x if x.dtype == torch.uint8 else to_uint8(x)).cpu()
+    columns = min(columns, len(x))
+    rows = math.ceil(len(x) / columns)
+    x = F.pad(x.expand(-1, 3, -1, -1), (1, 0, 1, 0), value=64)  # a line above and at the left
+    x = F.pad(x, (0, 0, 0, 0, 0, 0, 0, rows * columns - len(x)), value=64)
+    grid = x.unflatten(0, (rows, columns)).permute(2, 0, 3, 1, 4).flatten(3).flatten(1, 2)
+    grid = F.pad(grid, (0, 1, 0, 1), value=64)
+    return grid.repeat_interleave(scale, 1).repeat_interleave(scale, 2)
 
 
 def heat_image(values, size=256):

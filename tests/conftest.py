@@ -13,8 +13,10 @@ import common
 
 @pytest.fixture
 def call(tmp_path, monkeypatch, capsys):
-    """call(script, *arguments) -> (exit code, stdout, stderr), in an empty folder."""
+    """call(script, *arguments) -> (exit code, stdout, stderr), in an empty folder; few glyphs."""
     monkeypatch.chdir(tmp_path)
+    glyphs = common.glyphs
+    monkeypatch.setattr(common, "glyphs", lambda n, seed: glyphs(n // 20, seed))
 
     def run(script, *arguments):
         module = importlib.import_module(script)

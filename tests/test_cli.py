@@ -6,7 +6,6 @@ import json
 import os
 import re
 import shlex
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -144,16 +143,6 @@ def test_every_script_trains_resumes_and_samples(call, script):
     assert code == 0, err
     assert Path("run/samples/samples.png").exists()
     assert Path("run/checkpoint.pt").read_bytes() == before
-
-
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_a_script_and_common_alone_run(script, tmp_path):
-    for name in (script, "common"):
-        shutil.copy(ROOT / f"{name}.py", tmp_path)
-    command = [sys.executable, f"{script}.py", *tiny(script)]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert list(tmp_path.glob("runs/*/samples.png"))
 
 
 def test_two_processes_under_torchrun(tmp_path):

@@ -1,17 +1,17 @@
 """The parts that no paper is about, against closed forms."""
 
 import dataclasses
+import functools
 import itertools
 import json
 import math
 import os
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -23,7 +23,6 @@ import flow_matching
 from common import SolverError, UserError
 
 ROOT = Path(__file__).parent.parent
-ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
 
 
 def small_config(folder, **settings):
@@ -302,9 +301,9 @@ def test_entropy_of_the_eight_gaussians():
 
 
 def test_glyphs_are_a_data_set():
-    start = time.perf_counter()
+    start = time.process_time()
     x, y = common.glyphs(60_000, seed=0)
-    assert time.perf_counter() - start < 10
+    assert time.process_time() - start < 10
     assert x.shape == (60_000, 1, 28, 28)
     assert x.dtype == torch.uint8
     assert torch.equal(y.bincount(), torch.full((10,), 6_000))
@@ -634,43 +633,6 @@ def test_two_stages_resume_exactly(tmp_path):
     assert torch.equal(whole.net.w, again.net.w)
 
 
-def test_killed_script_resumes_bit_for_bit(tmp_path):
-    def command(out, *more):
-        script = [sys.executable, str(ROOT / "flow_matching.py"), "--steps", "600", "--width", "32"]
-        quick = ["--nll-examples", "0", "--solver", "euler", "--nfe", "1", "--batch-size", "64"]
-        return [*script, *quick, "--checkpoint-every", "100", "--out", str(tmp_path / out), *more]
-
-    def run(*arguments):
-        subprocess.run(command(*arguments), env=ONE_THREAD, check=True, capture_output=True)
-
-    killed = subprocess.Popen(command("killed"), env=ONE_THREAD, stderr=subprocess.DEVNULL)
-    run("whole")
-    killed.wait()  # both have run alike so far; now the same again, killed in the middle
-    (tmp_path / "killed" / "checkpoint.pt").unlink()
-    killed = subprocess.Popen(command("killed"), env=ONE_THREAD, stderr=subprocess.DEVNULL)
-    while not (tmp_path / "killed" / "checkpoint.pt").exists():
-        assert killed.poll() is None
-        time.sleep(0.002)
-    killed.send_signal(signal.SIGKILL)
-    killed.wait()
-    step = torch.load(tmp_path / "killed" / "checkpoint.pt", weights_only=True)["step"]
-    assert 100 <= step < 600
-    with open(tmp_path / "killed" / "metrics.jsonl", "a") as file:
-        file.write('{"step": 1')  # killed in the middle of a line
-    run("killed", "--resume")
-    states = [
-        torch.load(tmp_path / out / "checkpoint.pt", weights_only=True)
-        for out in ("whole", "killed")
-    ]
-    assert states[0]["step"] == states[1]["step"] == 600
-    for part in ("model", "ema"):
-        for key, value in states[0][part].items():
-            assert torch.equal(value, states[1][part][key])
-    lines = (tmp_path / "killed" / "metrics.jsonl").read_text().splitlines()
-    steps = [json.loads(line)["step"] for line in lines if "loss" in line]
-    assert steps == list(range(50, 601, 50))  # nothing is logged twice, nothing lost
-
-
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signals_save_and_stop(tmp_path, number):
     before = signal.getsignal(number)
@@ -719,6 +681,32 @@ def test_run_folder(tmp_path):
     assert not (tmp_path / "checkpoint.tmp").exists()
 
 
+def test_samples_go_on_where_they_were_interrupted(tmp_path):
+    cfg = small_config(tmp_path, num_samples=37)  # in batches of 16
+    run = common.Run(cfg, Line(), torch.device("cpu"))
+    drawn = []
+
+    def draw(n, most=99):
+        if len(drawn) == most:
+            raise KeyboardInterrupt
+        drawn.append(n)
+        return torch.randn(n, 1, 4, 4)
+
+    run.write_samples(draw)
+    whole = np.load(tmp_path / "samples.npz")["arr_0"]
+    assert drawn == [16, 16, 5]
+    assert whole.shape == (37, 4, 4, 1)
+    assert whole.dtype == np.uint8
+    drawn.clear()
+    with pytest.raises(KeyboardInterrupt):
+        run.write_samples(functools.partial(draw, most=2))
+    again = common.Run(cfg, Line(), torch.device("cpu"))
+    again.write_samples(draw)
+    assert drawn == [16, 16, 5]  # the first two were not drawn twice
+    assert (np.load(tmp_path / "samples.npz")["arr_0"] == whole).all()
+    assert not list(tmp_path.glob("samples-*"))
+
+
 def test_amp_keeps_losses_in_float32(tmp_path):
     run = common.Run(small_config(tmp_path, amp="on"), common.MLP(2), torch.device("cpu"))
     x = torch.randn(4, 2)
@@ -733,49 +721,6 @@ def test_compile_on_the_cpu(tmp_path):
     )
     x, t = torch.randn(4, 2), torch.rand(4)
     assert_close(run.model(x, t), run.net(x, t), rtol=1e-4, atol=1e-5)
-
-
-def _gradient_of_one_of_two(index, out, port):
-    os.environ |= {
-        "RANK": str(index),
-        "WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": port,
-    }
-    torch.set_num_threads(1)
-    cfg = small_config(out, batch_size=8)
-    device = common.setup(cfg)
-    streams = torch.randn(3)
-    torch.manual_seed(5 + index)  # DistributedDataParallel must make the weights equal itself
-    run = common.Run(cfg, common.MLP(2, width=16), device)
-    x, t, target = joint_batch()
-    half = slice(4 * index, 4 * index + 4)
-    (run.model(x[half], t[half]) - target[half]).square().mean().backward()
-    grads = [p.grad for p in run.net.parameters()]
-    torch.save(
-        {"grads": grads, "state": run.net.state_dict(), "streams": streams}, f"{out}/{index}.pt"
-    )
-    run.finish()
-
-
-def joint_batch():
-    g = torch.Generator().manual_seed(0)
-    x, t = torch.randn(8, 2, generator=g), torch.rand(8, generator=g)
-    return x, t, torch.randn(8, 2, generator=g)
-
-
-def test_two_processes_give_the_gradient_of_one(tmp_path):
-    port = str(20_000 + os.getpid() % 20_000)
-    torch.multiprocessing.spawn(_gradient_of_one_of_two, (str(tmp_path), port), nprocs=2)
-    first, second = (torch.load(tmp_path / f"{i}.pt", weights_only=True) for i in (0, 1))
-    net = common.MLP(2, width=16)
-    net.load_state_dict(first["state"])
-    x, t, target = joint_batch()
-    (net(x, t) - target).square().mean().backward()
-    for p, a, b in zip(net.parameters(), first["grads"], second["grads"], strict=True):
-        assert torch.equal(a, b)
-        assert_close(a, p.grad, rtol=1e-5, atol=1e-7)
-    assert not torch.equal(first["streams"], second["streams"])  # each its own noise
 
 
 # ---- Pictures and figures -----------------------------------------------------------------------
@@ -795,6 +740,48 @@ def test_save_images(tmp_path):
     image = Image.open(tmp_path / "grid.png")
     assert image.size[0] > 300
     assert image.getextrema()[0] == (0, 255)
+
+
+def test_image_grid_puts_images_row_by_row():
+    x = torch.arange(5, dtype=torch.uint8)[:, None, None, None].expand(5, 1, 2, 3)
+    grid = common.image_grid(x, columns=2, scale=2)
+    assert grid.shape == (3, 2 * (3 * 3 + 1), 2 * (2 * 4 + 1))
+    small = grid[0, ::2, ::2]
+    for i in range(5):
+        row, column = divmod(i, 2)
+        assert (small[3 * row + 1 : 3 * row + 3, 4 * column + 1 : 4 * column + 4] == i).all()
+    assert (small[::3] == 64).all()  # the lines between
+    assert (small[7:9, 5:8] == 64).all()  # where there is no sixth image
+    assert_close(common.image_grid(common.to_float(x), 2, 2), grid, rtol=0, atol=0)
+
+
+def test_chart_draws_where_it_should():
+    dot = torch.tensor([[0.9, 0.9]])
+    red = [("dots", dot, "#ff0000", 4)]
+    image = common.chart(red, (0, 1, 0, 1), size=(100, 50))
+    assert image.shape == (3, 50, 100)
+    assert image[:, 5, 90].tolist() == [255, 0, 0]  # right, near the top
+    framed = common.chart(red, (0, 1, 0, 1), size=(100, 50), axes=("x", "y"))
+    assert framed.shape[1] > 50
+    assert framed.shape[2] > 100
+    assert ((framed[0] == 255) & (framed[1] == 0)).sum() == (
+        (image[0] == 255) & (image[1] == 0)
+    ).sum()
+
+
+def test_round_numbers():
+    assert common.round_numbers(0, 1) == [0, 0.2, 0.4, 0.6, 0.8, 1]
+    assert common.round_numbers(-37, 41) == [-20, 0, 20, 40]
+
+
+def test_save_panels(tmp_path):
+    one, two = (torch.full((3, 10, w), 7, dtype=torch.uint8) for w in (20, 30))
+    common.save_panels(tmp_path / "page.png", [("a", one), ("b", two)], [("c", two)])
+    image = Image.open(tmp_path / "page.png")
+    assert image.size == (20 + 30 + 8, 2 * (22 + 10) + 8)
+    assert (
+        image.getpixel((5, 25)) == image.getpixel((40, 25)) == image.getpixel((5, 64)) == (7,) * 3
+    )
 
 
 def test_energy_distance():

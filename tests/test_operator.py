@@ -1,0 +1,262 @@
+"""Every script as its operator finds it: killed, interrupted, on a full disk, in two processes.
+
+The runs are processes of their own, forked from a server that has imported torch once.
+"""
+
+import importlib
+import io
+import multiprocessing
+import os
+import random
+import resource
+import shutil
+import signal
+import socket
+import sys
+
+import pytest
+import torch
+from test_cli import ROOT, SCRIPTS, tiny
+from torch.testing import assert_close
+
+import common
+import flow_matching
+
+FORK = multiprocessing.get_context("forkserver")
+FORK.set_forkserver_preload(["torch._dynamo", "torchvision"])  # what is slow to import
+SMALL = ["--steps", "6", "--checkpoint-every", "2", "--out", "run"]
+PATIENCE = 120  # seconds; a run takes one or two
+
+
+def child(script, arguments, folder, fault, environment):
+    """Run the script in the folder, up to the fault (what, at which call) or training's end."""
+    os.chdir(folder)
+    if (folder / "common.py").exists():  # copies, which find nothing but each other
+        sys.path[:] = [str(folder)] + [path for path in sys.path if not path.startswith(str(ROOT))]
+        for name in [*SCRIPTS, "common"]:
+            sys.modules.pop(name, None)
+    common = importlib.import_module("common")
+    module = importlib.import_module(script)
+    os.environ |= environment
+    log = os.open(f"log-{os.environ.get('RANK', 0)}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    torch.set_num_threads(1)
+    what, number = fault or (None, 0)
+
+    def at(owner, name, action):
+        """Call the action instead of the number-th call of owner.name."""
+        original, calls = getattr(owner, name), 0
+
+        def wrapped(*arguments, **options):
+            nonlocal calls
+            calls += 1
+            return (action if calls == number else original)(*arguments, **options)
+
+        setattr(owner, name, wrapped)
+        return original
+
+    def die(*_, **__):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def die_writing(state, file):
+        buffer = io.BytesIO()
+        save(state, buffer)
+        file.write(buffer.getvalue()[: buffer.tell() // 2])
+        file.flush()
+        die()
+
+    def fill_the_disk(state, file):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
+        try:
+            save(state, file)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
+
+    def interrupt(run, loss):
+        os.kill(os.getpid(), signal.SIGINT)
+        return step(run, loss)
+
+    step, save = common.Run.step, torch.save
+    if what == "killed at a step":
+        at(common.Run, "step", die)
+    elif what == "killed while it writes":
+        at(torch, "save", die_writing)
+    elif what == "killed before it renames":
+        at(os, "replace", die)
+    elif what == "interrupted":
+        at(common.Run, "step", interrupt)
+    elif what == "full":
+        at(torch, "save", fill_the_disk)
+
+    def finish(run):
+        if "RANK" in os.environ:
+            torch.save(run.net.state_dict(), f"rank-{common.rank()}.pt")
+        raise SystemExit(0)
+
+    if what != "evaluated":
+        common.Run.finish = finish
+    glyphs = common.glyphs
+    common.glyphs = lambda n, seed: glyphs(n // 20, seed)
+    common.energy_distance = lambda x, y: 0.0  # a round's figures are not what is tested here
+    sys.argv = [f"{script}.py", *arguments]
+    print(f"running {module.__file__} and {common.__file__}")
+    common.cli(module.main, module.Config, module.PRESETS)
+
+
+def start(script, arguments, folder, fault=None, **environment):
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    process = FORK.Process(target=child, args=(script, arguments, folder, fault, environment))
+    process.start()
+    return process
+
+
+def train(script, arguments, folder, fault=None):
+    """The exit code of a run, and what it printed."""
+    process = start(script, arguments, folder, fault)
+    process.join(PATIENCE)
+    return process.exitcode, (folder / "log-0").read_text()
+
+
+def free_port():
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return str(listener.getsockname()[1])
+
+
+def checkpoints(folder):
+    files = sorted((folder / "run").glob("checkpoint*.pt"))
+    return {file.name: torch.load(file, weights_only=True) for file in files}
+
+
+def assert_same(a, b, where):
+    """The same nested dicts and lists, bit for bit."""
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a.nan_to_num(), b.nan_to_num()), where
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for key in a:
+            assert_same(a[key], b[key], f"{where} {key}")
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b), where
+        for i, pair in enumerate(zip(a, b, strict=True)):
+            assert_same(*pair, f"{where} {i}")
+    else:
+        assert a == b, where
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_script_and_common_alone_run(script, tmp_path):
+    for name in (script, "common"):
+        shutil.copy(ROOT / f"{name}.py", tmp_path)
+    code, log = train(script, tiny(script), tmp_path, ("evaluated", 0))
+    assert code == 0, log
+    assert f"running {tmp_path / script}.py and {tmp_path / 'common'}.py" in log
+    assert list(tmp_path.glob("runs/*/samples.png"))
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_killed_and_resumed_ends_bit_for_bit(script, tmp_path):
+    whole, pieces = tmp_path / "whole", tmp_path / "pieces"
+    for folder in (whole, pieces):
+        folder.mkdir()
+    arguments = [*tiny(script), *SMALL]
+    code, log = train(script, arguments, whole)
+    assert code == 0, log
+    rng = random.Random(script)
+    faults = [
+        ("killed while it writes", 2),
+        ("killed at a step", rng.randint(1, 4)),
+        ("killed before it renames", rng.randint(1, 2)),
+    ]
+    for fault in faults:
+        code, log = train(script, arguments, pieces, fault)
+        assert code == -signal.SIGKILL, (fault, log)
+        assert checkpoints(pieces), fault  # whole ones: they load
+        with open(pieces / "run" / "metrics.jsonl", "a") as file:
+            file.write('{"step": 1')  # it may die in the middle of a line, too
+        arguments = ["--resume", "--out", "run"]
+    code, log = train(script, arguments, pieces)
+    assert code == 0, log
+    expected, found = checkpoints(whole), checkpoints(pieces)
+    assert expected.keys() == found.keys()
+    for name in expected:
+        for key in ("step", "model", "ema", "optimizer", "rng"):
+            assert_same(expected[name][key], found[name][key], f"{script} {name} {key}")
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_interrupted_and_on_a_full_disk(script, tmp_path):
+    arguments = [*tiny(script), *SMALL]
+    code, log = train(script, arguments, tmp_path, ("interrupted", 3))
+    assert code == 130, log
+    assert "stopped at step 3; --resume --out run goes on" in log
+    before = {file: file.read_bytes() for file in (tmp_path / "run").glob("checkpoint*.pt")}
+    code, log = train(script, ["--resume", "--out", "run"], tmp_path, ("full", 1))
+    assert code == 2, log
+    assert "cannot write run/checkpoint.pt, the one before is kept" in log
+    assert before == {file: file.read_bytes() for file in (tmp_path / "run").glob("checkpoint*.*")}
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_two_processes_hold_the_same_weights(script, tmp_path):
+    together = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    arguments = [*tiny(script), "--out", "run"]
+    processes = [
+        start(script, arguments, tmp_path, RANK=str(n), LOCAL_RANK=str(n), **together)
+        for n in range(2)
+    ]
+    for process in processes:
+        process.join(PATIENCE)
+        logs = [file.read_text() for file in sorted(tmp_path.glob("log-*"))]
+        assert process.exitcode == 0, logs
+    weights = [torch.load(tmp_path / f"rank-{n}.pt", weights_only=True) for n in range(2)]
+    assert_same(*weights, script)
+
+
+def gradient_of_one_of_two(index, out, port):
+    os.environ |= {
+        "RANK": str(index),
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+    }
+    torch.set_num_threads(1)
+    cfg = flow_matching.Config(out=out, batch_size=8)
+    device = common.setup(cfg)
+    streams = torch.randn(3)
+    torch.manual_seed(5 + index)  # DistributedDataParallel must make the weights equal itself
+    run = common.Run(cfg, common.MLP(2, width=16), device)
+    x, t, target = joint_batch()
+    half = slice(4 * index, 4 * index + 4)
+    (run.model(x[half], t[half]) - target[half]).square().mean().backward()
+    grads = [p.grad for p in run.net.parameters()]
+    torch.save(
+        {"grads": grads, "state": run.net.state_dict(), "streams": streams}, f"{out}/{index}.pt"
+    )
+    run.finish()
+
+
+def joint_batch():
+    g = torch.Generator().manual_seed(0)
+    x, t = torch.randn(8, 2, generator=g), torch.rand(8, generator=g)
+    return x, t, torch.randn(8, 2, generator=g)
+
+
+def test_two_processes_give_the_gradient_of_one(tmp_path):
+    port = free_port()
+    arguments = [(n, str(tmp_path), port) for n in (0, 1)]
+    processes = [FORK.Process(target=gradient_of_one_of_two, args=a) for a in arguments]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(PATIENCE)
+    first, second = (torch.load(tmp_path / f"{i}.pt", weights_only=True) for i in (0, 1))
+    net = common.MLP(2, width=16)
+    net.load_state_dict(first["state"])
+    x, t, target = joint_batch()
+    (net(x, t) - target).square().mean().backward()
+    for p, a, b in zip(net.parameters(), first["grads"], second["grads"], strict=True):
+        assert torch.equal(a, b)
+        assert_close(a, p.grad, rtol=1e-5, atol=1e-7)
+    assert not torch.equal(first["streams"], second["streams"])  # each its own noise
