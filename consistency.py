@@ -35,7 +35,6 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-import torchvision
 from torch import nn
 
 import common
@@ -44,11 +43,11 @@ from common import Count, Fraction, Natural, Positive, Sizes, UserError, bcast
 
 @dataclass
 class Config(common.Config):
-    steps: Natural = 2_500  # optimisation steps of the consistency model
-    batch_size: Count = 512  # examples per step, over all processes together
-    lr: Positive = 3e-3  # peak learning rate of RAdam (App. C)
+    steps: Natural = 6_500  # optimisation steps of the consistency model
+    batch_size: Count = 256  # examples per step, over all processes together
+    lr: Positive = 6e-3  # peak learning rate of RAdam (App. C)
     method: Literal["cd", "ct", "ict"] = "cd"  # distillation, consistency training, improved
-    teacher_steps: Natural = 6_000  # optimisation steps of the teacher, an EDM (cd alone)
+    teacher_steps: Natural = 8_000  # optimisation steps of the teacher, an EDM (cd alone)
     teacher_lr: Positive = 4e-3  # peak learning rate of the teacher's Adam
     N: Count = 18  # cd: points of the time grid (Sec. 6.1)
     solver: Literal["heun", "euler"] = "heun"  # cd: of the step from t_{n+1} to t_n (Sec. 6.1)
@@ -57,9 +56,10 @@ class Config(common.Config):
     s_0: Count | None = None  # first discretisation steps; none: ct 2 (Table 3), ict 10
     s_1: Count | None = None  # last discretisation steps; none: ct 150 (Table 3), ict 1280
     metric: Literal["l1", "l2", "huber"] | None = None  # d(x, y); none: l2, ict huber
+    weighting: Literal["one", "step"] | None = None  # 1 or 1 / (t_{n+1} - t_n); none: ct one
     sigma_data: Positive = 1.0  # standard deviation of the data; images 0.5 (App. C)
     nfe: Count = 2  # evaluations of multistep sampling (Alg. 1); figures are for 1, 2, ... nfe
-    examples: Count = 50_000  # samples per energy distance
+    examples: Count = 30_000  # samples per energy distance
     compare: bool = False  # train by cd, ict and ct and print a table
     width: Count = 128  # units of the MLP, or base channels of the U-Net
     blocks: Count = 2  # residual blocks, of the MLP or of each level of the U-Net
@@ -72,16 +72,18 @@ class Config(common.Config):
 
 # fmt: off
 SMALL_IMAGES = {  # minutes on two cores
-    "steps": 3_000, "teacher_steps": 5_000, "batch_size": 32, "lr": 1e-3, "beta_2": 0.99,
+    "steps": 1_000, "teacher_steps": 2_000, "batch_size": 32, "lr": 2e-3, "beta_2": 0.99,
     "amp": "auto", "sigma_data": 0.5, "examples": 500, "patch": 2, "width": 32, "blocks": 1,
     "mult": (1, 2, 2), "attention": None,
 }
 PRESETS = {
     "glyphs": SMALL_IMAGES, "mnist": SMALL_IMAGES, "fashion_mnist": SMALL_IMAGES,
     "folder": SMALL_IMAGES,
-    "cifar10": {  # ict: --steps 400000 --batch-size 1024 --lr 1e-4 --dropout 0.3 --ema 0.99993
+    "cifar10": {  # Table 3 (cd, ct)
         "steps": 800_000, "batch_size": 512, "lr": 4e-4, "ema": 0.9999,  # Table 3
         "warmup": 0, "decay": "constant", "flip": True, "sigma_data": 0.5,  # App. C
+        "weighting": "one",  # Sec. 4; ict: --weighting step --steps 400000 --batch-size 1024
+        # and --lr 1e-4 --dropout 0.3 --ema 0.99993
         "clip": None, "width": 128, "mult": (2, 2, 2), "blocks": 4,  # official code
         "teacher_steps": 400_000, "teacher_lr": 1e-3, "teacher_dropout": 0.13,  # Karras et al. 2022
         "examples": 5_000,
@@ -202,19 +204,18 @@ def lognormal_probabilities(grid, P_mean=-1.1, P_std=2.0):
 # x (B, ...) data and z ~ N(0, I) like it, t and t_next (B,) neighbours of the grid, t < t_next.
 
 
-def cd_loss(f, f_target, D, x, z, t, t_next, d=l2, solver="heun"):
-    """Consistency distillation of the denoiser D, lambda = 1."""
+def cd_loss(f, f_target, D, x, z, t, t_next, d=l2, weight=1.0, solver="heun"):
+    """Consistency distillation of the denoiser D; weight is lambda(t_n), a number or (B,)."""
     x_next = x + bcast(t_next, x) * z  # x_{t_{n+1}} ~ N(x, t_{n+1}² I)
     with torch.no_grad():
         x_hat = ode_step(D, x_next, t_next, t, solver)  # Eq. 6
-    return pair_loss(f, f_target, x_next, t_next, x_hat, t, d).mean()  # Eq. 7
+    return (weight * pair_loss(f, f_target, x_next, t_next, x_hat, t, d)).mean()  # Eq. 7
 
 
-def ct_loss(f, f_target, x, z, t, t_next, d=l2, weight=None):
-    """Consistency training: no teacher, the two points share their noise z; weight (B,)."""
+def ct_loss(f, f_target, x, z, t, t_next, d=l2, weight=1.0):
+    """Consistency training: no teacher, but the two points share their noise z."""
     x_next, x_t = x + bcast(t_next, x) * z, x + bcast(t, x) * z
-    loss = pair_loss(f, f_target, x_next, t_next, x_t, t, d)  # Eq. 10
-    return (loss if weight is None else weight * loss).mean()
+    return (weight * pair_loss(f, f_target, x_next, t_next, x_t, t, d)).mean()  # Eq. 10
 
 
 def pair_loss(f, f_target, x_next, t_next, x, t, d):
@@ -414,6 +415,7 @@ def train(cfg, run, data, d=None):
     """Alg. 2, Alg. 3 and improved consistency training; d replaces the metric, say by LPIPS."""
     f, f_target, D = run.net.functions(cfg, run.model)
     d = d or METRICS[cfg.metric or ("huber" if cfg.method == "ict" else "l2")]
+    weighting = cfg.weighting or ("one" if cfg.method == "ct" else "step")
     grids = functools.cache(lambda N: karras_grid(N).to(run.device))
     for x, _ in run.batches(data):  # x ~ p_data
         k = run.done
@@ -427,10 +429,10 @@ def train(cfg, run, data, d=None):
             n = torch.randint(N - 1, (len(x),), device=x.device)  # n ~ U[1, N-1], from 0 here
         t, t_next = grid[n], grid[n + 1]
         z = torch.randn_like(x)
+        weight = 1 / (t_next - t) if weighting == "step" else 1.0  # iCT
         if cfg.method == "cd":
-            loss = cd_loss(f, f_target, D, x, z, t, t_next, d, cfg.solver)  # Alg. 2
+            loss = cd_loss(f, f_target, D, x, z, t, t_next, d, weight, cfg.solver)  # Alg. 2
         else:
-            weight = 1 / (t_next - t) if cfg.method == "ict" else None  # iCT
             loss = ct_loss(f, f_target, x, z, t, t_next, d, weight)  # Alg. 3
         run.step(loss)
 
@@ -531,10 +533,7 @@ def picture_vectors(run, x_T, results):
 
 
 def tile(x, columns):
-    """Images (B, C, H, W) -> one picture of them all, uint8 (3, height, width)."""
-    grid = torchvision.utils.make_grid(common.to_uint8(x.cpu()), columns, padding=1, pad_value=64)
-    scale = max(1, 56 // x.shape[-1])
-    return grid.repeat_interleave(scale, 1).repeat_interleave(scale, 2)
+    return common.image_grid(x, columns, scale=max(1, 56 // x.shape[-1]))
 
 
 def picture_editing(f, y):
