@@ -24,16 +24,14 @@ import csv
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Annotated, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 import common
-from common import Count, Natural, Positive, UserError
-
-Penalty = Annotated[float, lambda v: 0 <= v < math.inf, "a number of at least 0"]
+from common import Count, Fraction, Natural, Positive, UserError
 
 
 @dataclass
@@ -46,8 +44,8 @@ class Config(common.Config):
     optimizer: Literal["bfgs", "adam"] = "adam"  # bfgs: whole data set, own step, as in the paper
     steps: Natural = 4_000  # cycles of BFGS, or steps of Adam, of every network
     lr: Positive = 5e-3  # peak learning rate of Adam; BFGS searches along its line
-    ema: common.Fraction | None = None  # decay of the weights' moving average, for Adam
-    weight_decay: Penalty = 1e-5  # half of it times the squared weights joins the error
+    ema: Fraction | None = None  # decay of the weights' moving average, for Adam
+    weight_decay: Fraction = 1e-5  # half of it times the squared weights joins the error
     sigma_min: Positive = 1e-2  # floor of the widths, in the targets' (or their standardised) units
     device: str = "cpu"  # or any torch device that knows float64
 
@@ -206,7 +204,7 @@ def forward_map(t):
 def exact_posterior(x, n=5_000):
     """1 / p(t | x) where that is not zero, the mean and the variance of t given x: (B,) each.
 
-    t and the noise are uniform, so p(t | x) is uniform over the t with |x - forward_map(t)| < 0.1.
+    t and the noise are uniform, and so is p(t | x) over the t with |x - forward_map(t)| < NOISE.
     """
     t = (torch.arange(n).to(x) + 0.5) / n
     inside = ((x[:, None] - forward_map(t)).abs() < NOISE).to(x)  # (B, n)
@@ -239,21 +237,6 @@ def hand(theta):
     """The forward kinematics: angles (theta_1, theta_2), (..., 2), -> the hand (x_1, x_2)."""
     both = theta.sum(dim=-1)
     return elbow(theta) - L_2 * torch.stack([both.cos(), both.sin()], dim=-1)  # [robot arm]
-
-
-def inverse_kinematics(x):
-    """Both ways to reach x (B, 2): angles (B, 2, 2), and which lie in the RANGES, (B, 2).
-
-    The Jacobian of `hand` is L_1 L_2 |sin theta_2| for both: where both are allowed, each has the
-    probability 1/2.
-    """
-    cos = (L_1**2 + L_2**2 - x.square().sum(dim=1)) / (2 * L_1 * L_2)
-    theta_2 = cos.clamp(-1, 1).acos()
-    theta_2 = torch.stack([theta_2, 2 * math.pi - theta_2], dim=1)  # (B, 2): the two elbows
-    link = torch.atan2(-L_2 * theta_2.sin(), L_1 - L_2 * theta_2.cos())
-    theta = torch.stack([torch.atan2(x[:, 1], x[:, 0])[:, None] - link, theta_2], dim=2)
-    low, high = x.new_tensor(RANGES).T
-    return theta, ((theta > low) & (theta < high)).all(dim=2)
 
 
 def miss(theta, x):
@@ -365,33 +348,30 @@ def read_csv(path, targets):
 class Network(nn.Module):
     """One layer of tanh units: x (B, d), standardised by the training cases, -> z (B, outputs)."""
 
-    def __init__(self, x, hidden, outputs):
+    def __init__(self, x, hidden, bias):
         super().__init__()
         std = x.std(dim=0, correction=0)
         self.register_buffer("mean", x.mean(dim=0))
         self.register_buffer("std", torch.where(std > 0, std, 1.0))
         self.hidden = nn.Linear(x.shape[1], hidden, dtype=torch.float64)
-        self.output = nn.Linear(hidden, outputs, dtype=torch.float64)
+        self.output = nn.Linear(hidden, len(bias), dtype=torch.float64)
         nn.init.normal_(self.hidden.weight, std=x.shape[1] ** -0.5)
         nn.init.normal_(self.hidden.bias)  # the units bend at different places
         nn.init.normal_(self.output.weight, std=0.1 * (hidden + 1) ** -0.5)
-        nn.init.zeros_(self.output.bias)
+        self.output.bias = nn.Parameter(bias.clone())
 
     def forward(self, x):
         return self.output(self.hidden((x - self.mean) / self.std).tanh())
 
 
-def mixture_network(x, t, hidden, kernels):
-    """A Network whose kernels start at some of the targets, as wide as their distribution.
+def starting_mixture(t, kernels):
+    """z ((c + 2) K,): kernels at some of the targets, as wide as their distribution.
 
     Kernels that start at one place have almost the same gradient, and stay together for long.
     """
-    net = Network(x, hidden, (t.shape[1] + 2) * kernels)
     mu = t[torch.randint(len(t), (kernels,))]
     log_sigma = t.std(dim=0).log().mean().expand(kernels)
-    with torch.no_grad():
-        net.output.bias.copy_(torch.cat([0 * log_sigma, log_sigma, mu.flatten()]))
-    return net
+    return torch.cat([0 * log_sigma, log_sigma, mu.flatten()])
 
 
 class BFGS(torch.optim.Optimizer):
@@ -484,16 +464,13 @@ def evaluate(cfg, run, m, y, pairs):
 
 def robot_table(run, m, y, x):
     """Errors of the hand that should be at x, ours beside the paper's."""
-    theta, allowed = inverse_kinematics(x)
-    weights = allowed / allowed.sum(dim=1, keepdim=True)
     errors = {
         "least squares": miss(y, x),
+        "conditional mean": miss(conditional_mean(m), x),
         "most probable component": miss(most_probable(m), x),
         "central value": miss(central_value(m), x),
         "mode": miss(mode(m), x),
         "sample": miss(sample(m), x),
-        "conditional mean": miss(conditional_mean(m), x),
-        "exact conditional mean": miss((weights[..., None] * theta).sum(dim=1), x),
     }
     run.report("robot", **{name.replace(" ", "_"): error for name, error in errors.items()})
     run.say("RMS distance of the hand    here   the paper's, as reported")
@@ -572,15 +549,12 @@ def robot_page(p, squares, pairs):
         page.append(plot(f"{name}: where the hand goes", (0.15, 1.03) * 2, axes, *series))
     angle = torch.tensor([0.5, 0.78, 1.02]).to(x)
     goal, series = 0.9 * torch.stack([angle.cos(), angle.sin()], dim=1), []
-    ways = [*p(goal).mu.unbind(dim=1), squares(goal)]
-    for i, theta in enumerate(ways):
-        name, colour = (f"kernel {i + 1}", KERNELS[i % len(KERNELS)])
-        if i == len(ways) - 1:
-            name, colour = "least squares", RED
-        for bend, end in zip(elbow(theta), hand(theta), strict=True):
-            arm = torch.stack([0 * bend, bend, end], dim=1)
-            series += [(name, "line", *arm, colour, 2.5), ("", "dots", *arm[:, 1:], colour, 3)]
-            name = ""
+    ways = [(f"kernel {i + 1}", way) for i, way in enumerate(p(goal).mu.unbind(dim=1))]
+    for i, (name, theta) in enumerate([*ways, ("least squares", squares(goal))]):
+        colour = RED if i == len(ways) else KERNELS[i % len(KERNELS)]
+        for n, arm in enumerate(torch.stack([0 * goal, elbow(theta), hand(theta)], dim=2)):
+            series.append(("" if n else name, "line", *arm, colour, 2.5))
+            series.append(("", "dots", *arm[:, 1:], colour, 3))
     series.append(("", "dots", *goal.T, BLACK, 4))
     return [[*page, plot("three goals, each arm's ways there", (-0.03, 1.03) * 2, axes, *series)]]
 
@@ -635,8 +609,8 @@ def main(cfg):
     if device.type == "mps":
         raise UserError("--device mps has no float64, which BFGS needs: use cpu")
     pairs = load_pairs(cfg, device)
-    net = mixture_network(pairs.x, pairs.t, cfg.hidden, cfg.kernels)
-    squares = Network(pairs.x, cfg.ls_hidden, pairs.t.shape[1])
+    net = Network(pairs.x, cfg.hidden, starting_mixture(pairs.t, cfg.kernels))
+    squares = Network(pairs.x, cfg.ls_hidden, pairs.t.mean(dim=0))
 
     def error(z, t):
         return ErrorFunction.apply(z, t, cfg.kernels, cfg.sigma_min)
@@ -646,7 +620,7 @@ def main(cfg):
     forward = None
     if cfg.dataset == "inverse":
         swapped = dataclasses.replace(pairs, x=pairs.t, t=pairs.x)
-        net = Network(swapped.x, cfg.ls_hidden, 1)
+        net = Network(swapped.x, cfg.ls_hidden, swapped.t.mean(dim=0))
         forward = train(cfg, net, swapped, sum_of_squares, device, "forward").ema
     if run.finish():
         report(cfg, run, squares, forward, pairs)
