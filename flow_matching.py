@@ -461,8 +461,6 @@ def check(cfg, data):
     if cfg.objective != "cfm" and cfg.path != "vp":
         raise UserError(f"--objective {cfg.objective} is a loss for the VP path: add --path vp")
     common.solver_options(cfg)
-    if cfg.compare and data.is_image:
-        raise UserError("--compare is made for 2-D data: choose a --dataset such as checkerboard")
     if cfg.upsample > 1 and not (data.is_image and data.shape[1] % cfg.upsample == 0):
         raise UserError(f"--upsample {cfg.upsample} needs images whose side it divides")
     if cfg.upsample > 1 and cfg.num_samples:
@@ -473,6 +471,8 @@ def main(cfg):
     if cfg.compare:
         if cfg.resume or cfg.sample or cfg.num_samples or "RANK" in os.environ:
             raise UserError("--compare trains anew, in one process, and writes no samples")
+        if cfg.dataset not in common.DENSITIES:
+            raise UserError("--compare is made for 2-D data: --dataset checkerboard, or its like")
         compare(cfg)
         return
     run, data, path = prepare(cfg)

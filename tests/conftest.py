@@ -41,6 +41,7 @@ def refused(call):
         assert code == 2, err
         lines = [line for line in re.split("[\r\n]", err) if line.strip()]
         lines = [line for line in lines if "it/s" not in line and "?it" not in line]  # the bar
+        lines = [line for line in lines if not line.startswith("from here on")]  # a notice
         assert len(lines) == 1, err
         assert re.search(pattern, lines[0]), err
         assert lines[0].startswith(f"{script}.py: error: ")
