@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 warnings.filterwarnings("ignore")
 
 import common  # noqa: E402
+import d3pm  # noqa: E402
 import flow_matching  # noqa: E402
 
 PRESETS = {  # image channels, side, U-Net: base channels, multiples, blocks, attention; batch
@@ -204,15 +205,64 @@ def vector_rows(device):
     row(f"2-D training, batch {cfg.batch_size}", seconds, "steps/s", 100)
 
 
+def d3pm_rows(device):
+    """A training step's loss and gradient, beside looking up (T, K, K) tables as others do."""
+    B, D = 16, 64
+
+    def tables(pi, alpha_bar):
+        K, T = len(pi), len(alpha_bar) - 1
+        keep = torch.cat([alpha_bar[1:] / alpha_bar[:-1], alpha_bar[1:]])
+        Q = torch.lerp(pi.expand(K, K), torch.eye(K), keep.float()[:, None, None])
+        Q_T, Q_bar = Q[:T].mT.contiguous().to(device), Q[T:].to(device)
+
+        def loss(logits, x_0, t):
+            when = t[:, None] - 1
+            x_t = d3pm.categorical((Q_bar[when, x_0] + 1e-6).log())
+            before = Q_bar[(t - 2).clamp(min=0)]
+            likelihood = (Q_T[when, x_t] + 1e-6).log()
+            q = (likelihood + (before[torch.arange(B)[:, None], x_0] + 1e-6).log()).log_softmax(-1)
+            p = (likelihood + (logits.softmax(-1) @ before + 1e-6).log()).log_softmax(-1)
+            return T * d3pm.kl_divergence(q, p).mean()
+
+        return loss, 4 * (Q_T.numel() + Q_bar.numel())
+
+    def chains(pi, alpha_bar):
+        chain = d3pm.LowRank(pi, alpha_bar).to(device)
+
+        def loss(logits, x_0, t):
+            return d3pm.hybrid_loss(lambda x, t: logits.log_softmax(-1), chain, x_0, t)
+
+        return loss, sum(4 * b.numel() for b in chain.buffers())
+
+    for K, T in ((32, 1000), (128, 1000), (512, 100), (512, 1000), (8192, 1000)):
+        alpha_bar = torch.cat([torch.ones(1), d3pm.cosine_schedule(T)])
+        pi, steps, sizes = torch.full((K,), 1 / K), {}, {}
+        for name, build in (("ours", chains), ("tables", tables)):
+            if name == "tables" and 2 * T * K**2 > 2**28:
+                sizes[name] = f"{8 * T * K**2 / 2**20:.0f} MB, not run"
+                continue
+            loss, size = build(pi, alpha_bar)
+            logits = torch.randn(B, D, K, device=device, requires_grad=True)
+            x_0, t = torch.randint(K, (B, D), device=device), torch.arange(1, B + 1, device=device)
+
+            def step(loss=loss, logits=logits, x_0=x_0, t=t):
+                loss(logits, x_0, t).backward()
+
+            steps[name] = step
+            sizes[name] = f"{size / 2**20:.3f} MB"
+        row(f"D3PM loss, K = {K}, T = {T}", interleaved(steps, 5), "steps/s", 1)
+        print(f"{'':34} transition matrices {sizes}")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--gpu", action="store_true")
-    parser.add_argument("--rows", choices=["unet", "ode", "vector"])
+    parser.add_argument("--rows", choices=["unet", "ode", "vector", "d3pm"])
     arguments = parser.parse_args()
     device = torch.device("cuda" if arguments.gpu else "cpu")
     torch.set_float32_matmul_precision("high")
     print(f"torch {torch.__version__}, {device}, {torch.get_num_threads()} threads")
-    rows = {"unet": unet_rows, "ode": ode_rows, "vector": vector_rows}
+    rows = {"unet": unet_rows, "ode": ode_rows, "vector": vector_rows, "d3pm": d3pm_rows}
     for name, show in rows.items():
         if arguments.rows in (None, name):
             show(device)
