@@ -18,7 +18,7 @@ Departures  1. N equal steps from t = 1 to eps, beta_i = h beta(t_i): Eq. 20 and
                one learns faster; "noise" is the authors' -net / std. It sees x scaled to unit size.
             4. --weighting likelihood, g², is of the authors' later paper and in their code.
             5. The U-Net is Dhariwal & Nichol's; DDPM++, and NCSN++ for VE, differ in details. The
-               classifier is small, not a Wide-ResNet-28-10.
+               classifier is another, half as wide; theirs a Wide-ResNet-28-10.
 Run         python score_sde.py                       checkerboard
             python score_sde.py --dataset mnist       digits: by class, inpainted, interpolated
             python score_sde.py --compare             Table 1 in 2-D
@@ -34,12 +34,11 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 import torchvision
-from torch import nn
 
 import common
 from common import Count, Natural, Positive, Sizes, UserError, bcast
 
-Predictor = Literal["euler_maruyama", "reverse_diffusion", "ancestral", "probability_flow", "none"]
+PREDICTORS = ("euler_maruyama", "reverse_diffusion", "ancestral", "probability_flow")
 
 
 @dataclass
@@ -55,8 +54,8 @@ class Config(common.Config):
     score: Literal["residual", "noise"] = "residual"  # what the network gives: Departure 3
     levels: Natural = 0  # train on N noise levels, like SMLD and DDPM (Eq. 1, 3); 0: on all
     weighting: Literal["variance", "likelihood"] = "variance"  # lambda(t) in Eq. 7: std² or g²
-    predictor: Predictor = "reverse_diffusion"  # step of the reverse SDE (App. H.1)
-    sampler_steps: Count = 200  # N, predictor steps from t = 1 to eps (Alg. 1)
+    predictor: Literal[(*PREDICTORS, "none")] = "reverse_diffusion"  # reverse step (App. H.1)
+    sampler_steps: Count = 100  # N, predictor steps from t = 1 to eps (Alg. 1)
     corrector_steps: Natural = 1  # M, Langevin steps after each predictor step (App. H.1: 1 or 0)
     snr: Positive = 0.16  # r, signal-to-noise ratio of the Langevin steps (App. H.1)
     tol: Positive = 1e-5  # atol = rtol of the ODE solver (App. D.2, D.4)
@@ -74,9 +73,9 @@ class Config(common.Config):
 
 # fmt: off
 SMALL_IMAGES = {  # minutes on two cores
-    "steps": 2_400, "batch_size": 32, "sde": "subvp", "sampler_steps": 100, "amp": "auto",
-    "width": 16, "blocks": 1, "mult": (1, 2, 4), "attention": (7, 8), "tol": 1e-4,
-    "nll_examples": 64, "divergence": "rademacher", "classifier_steps": 600,
+    "steps": 2_600, "batch_size": 32, "beta_2": 0.99, "amp": "auto", "sde": "subvp", "tol": 1e-4,
+    "width": 16, "blocks": 1, "mult": (1, 2, 4), "attention": None, "nll_examples": 64,
+    "divergence": "rademacher", "classifier_steps": 600,
 }
 PRESETS = {
     "glyphs": SMALL_IMAGES, "mnist": SMALL_IMAGES, "fashion_mnist": SMALL_IMAGES,
@@ -100,7 +99,8 @@ class SDE:
     """dx = f(x, t) dt + g(t) dw, Eq. 5, on t in [0, 1], with p_0t(x_t | x_0) = N(a x_0, std² I).
 
     A subclass has kernel(t) -> (a, std), drift(x, t) = f, g2(t) = g². x is (B, ...), and t of any
-    shape that broadcasts with x. A reverse step of length h goes from t to t - h.
+    shape that broadcasts with x. A predictor takes x at t and the score s there, and returns the
+    mean and the width of x at t - h (Sec. 4.1, App. D.3 - F).
     """
 
     eps = 1e-5  # smallest t in training and likelihood (App. C)
@@ -111,12 +111,22 @@ class SDE:
         """f_i(x) and G_i of the forward step to t, x + f_i(x) + G_i z; here Euler's."""
         return h * self.drift(x, t), torch.sqrt(h * self.g2(t))  # Eq. 45
 
+    def euler_maruyama(self, x, s, t, h):
+        drift = self.drift(x, t) - self.g2(t) * s  # Eq. 6
+        return x - h * drift, torch.sqrt(h * self.g2(t))
+
+    def reverse_diffusion(self, x, s, t, h):
+        f, G = self.discretize(x, t, h)
+        return x - f + G**2 * s, G  # Eq. 46
+
+    def probability_flow(self, x, s, t, h):
+        f, G = self.discretize(x, t, h)
+        return x - f + G**2 / 2 * s, torch.zeros_like(G)  # App. D.3
+
     def ancestral(self, x, s, t, h):
-        """Mean and width of x at t - h, given x at t and the score s there."""
         raise TypeError("the paper has no ancestral sampling for this SDE")
 
     def prior(self, *shape, device=None):
-        """x ~ p_1, of the shape."""
         return self.prior_std * torch.randn(shape, device=device)
 
     def prior_log_prob(self, x):
@@ -219,14 +229,13 @@ def scaled(net, sde):
 
 def score_model(net, sde, kind="noise"):
     """The score s(x, t) that a network stands for: Departure 3."""
-    net = scaled(net, sde)
 
     def score(x, t):
         a, std = sde.kernel(bcast(t, x))
         if kind == "noise":
-            return -net(x, t) / std
-        variance = a**2 + std**2
-        return -x / variance - a / (std * torch.sqrt(variance)) * net(x, t)
+            return -scaled(net, sde)(x, t) / std
+        total = torch.sqrt(a**2 + std**2)
+        return -x / total**2 - a / (std * total) * scaled(net, sde)(x, t)
 
     return score
 
@@ -251,31 +260,7 @@ def dsm_loss(score, x_0, z, t, sde, weighting="variance"):
     return (weight * error.square()).mean()  # Eq. 7
 
 
-# ---- Predictors, correctors, PC sampling (Sec. 4.1, Sec. 4.2, App. D - G) ------------------------
-# A predictor takes x at t and its score s, and returns the mean and the width of x at t - h.
-
-
-def euler_maruyama(x, s, t, h, sde):
-    drift = sde.drift(x, t) - sde.g2(t) * s  # Eq. 6
-    return x - h * drift, torch.sqrt(h * sde.g2(t))
-
-
-def reverse_diffusion(x, s, t, h, sde):
-    f, G = sde.discretize(x, t, h)
-    return x - f + G**2 * s, G  # Eq. 46
-
-
-def probability_flow(x, s, t, h, sde):
-    f, G = sde.discretize(x, t, h)
-    return x - f + G**2 / 2 * s, torch.zeros_like(G)  # App. D.3
-
-
-PREDICTORS = {
-    "euler_maruyama": euler_maruyama,
-    "reverse_diffusion": reverse_diffusion,
-    "probability_flow": probability_flow,
-    "ancestral": lambda x, s, t, h, sde: sde.ancestral(x, s, t, h),
-}
+# ---- Predictor-corrector sampling (Sec. 4.2, App. G) ---------------------------------------------
 
 
 def langevin(x, t, score, sde, snr):
@@ -299,7 +284,7 @@ def pc_sample(score, sde, x, steps, predictor, correctors=0, snr=0.16, impute=No
 
     Args:
         steps, correctors, snr: N, M and r of the paper.
-        predictor: a key of PREDICTORS, or "none".
+        predictor: one of PREDICTORS, or "none".
         impute: a function (x, t) that puts the known part at time t into x (see `imputation`).
         trace: a list, to which x is appended at each of the N + 1 times.
     """
@@ -313,7 +298,7 @@ def pc_sample(score, sde, x, steps, predictor, correctors=0, snr=0.16, impute=No
         for time in times[1:]:  # Alg. 1, l. 2
             if predictor != "none":  # Alg. 1, l. 3
                 h, s = times[0] - times[1], score(x, t)
-                mean, width = PREDICTORS[predictor](x, s, bcast(t, x), h, sde)
+                mean, width = getattr(sde, predictor)(x, s, bcast(t, x), h)
                 x = mean + width * torch.randn_like(x)
             t = x.new_full((len(x),), time)
             x = impute(x, t)
@@ -406,20 +391,10 @@ def colorization(x, sde):
 
 
 class Classifier(common.UNet):
-    """p_t(y | x) of images by half a U-Net: f(x, t), (B, C, H, W) -> logits (B, K)."""
-
-    def __init__(self, in_channels, num_classes, size, channels, mult, *options, **more):
-        super().__init__(in_channels, None, size, channels, mult, *options, **more)
-        width = channels * mult[-1]
-        self.up, self.output = None, nn.Sequential(common.group_norm(width), nn.SiLU())
-        self.logits = nn.Linear(width, num_classes)
+    """p_t(y | x) of images, f(x, t), (B, C, H, W) -> logits (B, K): a U-Net's mean over pixels."""
 
     def forward(self, x, t):
-        emb = F.silu(self.time(common.time_embedding(t, self.channels)))
-        h = self.stem(x)
-        for layer in (*self.down, *self.middle):
-            h = layer(h, emb, None)
-        return self.logits(self.output(h).mean(dim=(2, 3)))
+        return super().forward(x, t).mean(dim=(2, 3))
 
 
 # ---- Training -----------------------------------------------------------------------------------
@@ -461,7 +436,7 @@ def prepare_classifier(cfg, data, device):
     if cfg.classifier_steps == 0 or data.num_classes < 2:
         return None
     if data.is_image:
-        size = data.shape[1], cfg.width, cfg.mult, cfg.blocks, cfg.attention or ()
+        size = data.shape[1], math.ceil(cfg.width / 2), cfg.mult, cfg.blocks, ()
         net = Classifier(data.shape[0], data.num_classes, *size, dropout=cfg.dropout)
     else:
         net = common.MLP(data.shape[0], data.num_classes, cfg.width, cfg.blocks)
@@ -476,8 +451,9 @@ def check(cfg, data):
         raise UserError(f"--sigma-max {cfg.sigma_max} must exceed --sigma-min {cfg.sigma_min}")
     if cfg.beta_max < cfg.beta_min:
         raise UserError(f"--beta-max {cfg.beta_max} is below --beta-min {cfg.beta_min}")
-    if cfg.sde == "vp" and cfg.sampler_steps <= cfg.beta_max:
-        raise UserError(f"--sampler-steps {cfg.sampler_steps} must exceed beta_max {cfg.beta_max}")
+    least = math.floor(cfg.beta_max + 1) * (4 if cfg.compare else 1)
+    if (cfg.sde == "vp" or cfg.compare) and cfg.sampler_steps < least:
+        raise UserError(f"--sampler-steps {cfg.sampler_steps}: VP's beta_i need {least} or more")
     if (cfg.sde, cfg.predictor) == ("subvp", "ancestral"):
         raise UserError("--predictor ancestral is not defined for --sde subvp: choose another")
     if cfg.predictor == "none" and cfg.corrector_steps == 0:
@@ -489,55 +465,42 @@ def check(cfg, data):
 
 
 # ---- Evaluation ---------------------------------------------------------------------------------
-# sample(x_1, y=None, **options) is the PC sampler, by class where y is given, and flow(x, *times)
-# the ODE; both return the samples and the evaluations.
+# sample(x_1, y=None, **options) is the PC sampler, by class where y is given; flow(x, *times) is
+# the ODE. Both return the samples and the evaluations.
 
 
 def evaluate_vectors(cfg, run, data, sde, score, sample, flow, with_classes):
     """2-D data: likelihood against the entropy; both samplers and their paths; conditioning."""
-    test = data.test[: cfg.nll_examples]
-    if len(test):
-        log_p, nfe = log_prob(score, sde, test, cfg.divergence, rtol=cfg.tol, atol=cfg.tol)
+    x_1, test, trace = sde.prior(10_000, 2, device=run.device), data.test[:10_000], []
+    if cfg.nll_examples:
+        x_0, solver = data.test[: cfg.nll_examples], {"rtol": cfg.tol, "atol": cfg.tol}
+        log_p, nfe = log_prob(score, sde, x_0, cfg.divergence, **solver)
         figures = {"nll": -log_p.mean().item(), "standard_error": common.standard_error(log_p)}
         if data.entropy is not None:
             figures |= {"entropy": data.entropy, "gap": figures["nll"] - data.entropy}
         run.report("test", **figures, nll_evaluations=nfe)
-    x_1, trace = sde.prior(10_000, *data.shape, device=run.device), []
-    by_sde, nfe_sde = sample(x_1, trace=trace)
-    by_ode, nfe_ode = flow(x_1, 1.0, sde.eps_sample)
+    (by_sde, nfe_sde), (by_ode, nfe_ode) = sample(x_1, trace=trace), flow(x_1, 1, sde.eps_sample)
     sets = {"pc": by_sde, "ode": by_ode, "data": data.train[:10_000]}
-    other = data.test[:10_000]
-    far = {f"energy_distance_{k}": common.energy_distance(x, other) for k, x in sets.items()}
+    far = {f"energy_distance_{k}": common.energy_distance(x, test) for k, x in sets.items()}
     run.report("samples", **far, pc_evaluations=nfe_sde, ode_evaluations=nfe_ode)
-    run.report("codes", round_trip_error=round_trip(flow, sde, data.test[:500]))
-
-    bound = 1.3 * other.abs().max().item()
-    side = (torch.arange(96, device=run.device) + 0.5) * (2 * bound / 96) - bound
-    grid = torch.cartesian_prod(side, side)  # (96², 2)
-    density, _ = log_prob(score, sde, grid, method="rk4", steps=25)
-    times = torch.linspace(1, sde.eps_sample, len(trace))
-    lines, _ = flow(x_1[:12], *times.tolist(), every=True)
-    first = [
-        ("data", common.density_image(data.test, bound)),
-        ("reverse SDE, PC", common.density_image(by_sde, bound, bins=64)),
-        ("probability flow ODE", common.density_image(by_ode, bound, bins=64)),
-        ("its exact density", common.heat_image(density.exp().view(96, 96).cpu())),
-    ]
-    second = [
-        ("SDE: x_1 from t = 1 to 0", path_image(torch.stack(trace)[:, :12], times, sde, bound)),
-        ("ODE: the same starts", path_image(lines, times, sde, bound)),
-    ]
+    clouds = {"data": test, "reverse SDE, PC": by_sde, "probability flow ODE": by_ode}
     if with_classes:
-        y = torch.arange(4_000, device=run.device) % (data.num_classes // 2)
-        x, _ = sample(x_1[: len(y)], y)
+        y = torch.arange(5_000, device=run.device) % (data.num_classes // 2)
+        clouds["half of the classes"] = x = sample(x_1[: len(y)], y)[0]
         run.report("classes", samples_near_their_class=agreement(x, y, data))
-        second.append(("half of the classes", common.density_image(x, bound, bins=64)))
-    y = data.test[:4_000].clone()
-    y[:, 0] = bound * (torch.arange(len(y), device=run.device) % 6 - 2.5) / 4  # six values of x_1
-    impute = imputation(y, torch.tensor([True, False], device=run.device), sde)
-    x, _ = sample(x_1[: len(y)], impute=impute)
-    second.append(("second coordinate given first", common.density_image(x, bound, bins=64)))
-    common.save_panels(run.folder / "samples.png", first, second)
+    bound = 1.3 * test.abs().max().item()
+    y = (torch.arange(5_000, device=run.device) % 6 - 2.5) * (bound / 4)  # six values
+    impute = imputation(y[:, None], torch.tensor([True, False], device=run.device), sde)
+    clouds["x_2 for six values of x_1"], _ = sample(x_1[: len(y)], impute=impute)
+    panels = [(title, common.density_image(x, bound, bins=64)) for title, x in clouds.items()]
+    side = (torch.arange(96, device=run.device) + 0.5) * (2 * bound / 96) - bound
+    density, _ = log_prob(score, sde, torch.cartesian_prod(side, side), method="rk4", steps=25)
+    panels.append(("the ODE's exact density", common.heat_image(density.exp().view(96, 96).cpu())))
+    times = torch.linspace(1, sde.eps_sample, len(trace))
+    lines, _ = follow(score, sde, x_1[:12], times, method="rk4", steps=1)
+    for title, paths in (("SDE", torch.stack(trace)[:, :12]), ("ODE, same starts", lines)):
+        panels.append((f"x_1 from t = 1 to 0: {title}", path_image(paths, times, sde, bound)))
+    common.save_panels(run.folder / "samples.png", panels[:4], panels[4:])
 
 
 def path_image(lines, times, sde, bound):
@@ -546,12 +509,6 @@ def path_image(lines, times, sde, bound):
     a, std = sde.kernel(times)
     x = lines[..., 0] / torch.sqrt(a**2 + std**2)
     return common.trajectory_image(torch.stack([bound * (1 - 2 * times).expand_as(x), x], 2), bound)
-
-
-def round_trip(flow, sde, x_0):
-    """The root mean square error of x_0 (B, ...) encoded and decoded."""
-    codes, _ = flow(x_0, sde.eps, 1.0)
-    return (flow(codes, 1.0, sde.eps)[0] - x_0).square().mean().sqrt().item()
 
 
 def agreement(x, y, data):
@@ -563,17 +520,14 @@ def agreement(x, y, data):
 
 def evaluate_images(cfg, run, data, sde, score, sample, flow, with_classes):
     """Images: samples, by class, completed, coloured, interpolated; bits per dimension."""
-    truth = common.to_float(data.test[:10])
-    x_1 = sde.prior(40, *data.shape, device=run.device)
-    (by_sde, nfe_sde), (by_ode, nfe_ode) = sample(x_1), flow(x_1, 1.0, sde.eps_sample)
+    truth, x_1 = common.to_float(data.test[:10]), sde.prior(40, *data.shape, device=run.device)
+    (by_sde, nfe_sde), (by_ode, nfe_ode) = sample(x_1), flow(x_1, 1, sde.eps_sample)
     run.report("samples", pc_evaluations=nfe_sde, ode_evaluations=nfe_ode)
-    run.report("codes", round_trip_error=round_trip(flow, sde, truth))
     panels = [("reverse SDE", by_sde), ("probability flow ODE", by_ode)]
     if with_classes:
         y = torch.arange(40, device=run.device) // 4 % data.num_classes
-        x, _ = sample(x_1, y)
-        run.report("classes", samples_near_their_class=agreement(x, y, data))
-        panels.append(("a class a row", x))
+        panels.append(("a class a row", sample(x_1, y)[0]))
+        run.report("classes", samples_near_their_class=agreement(panels[-1][1], y, data))
 
     def complete(title, given, impute):
         """Rows of an image, its given part and two completions."""
@@ -582,25 +536,22 @@ def evaluate_images(cfg, run, data, sde, score, sample, flow, with_classes):
 
     twice = truth.repeat_interleave(2, dim=0)
     left = torch.arange(data.shape[2], device=run.device) < data.shape[2] // 2
-    complete("true; left half; completed", truth.where(left, -1.0), imputation(twice, left, sde))
+    complete("left half given", truth.where(left, -1.0), imputation(twice, left, sde))
     if data.shape[0] == 3:
         grey = truth.mean(dim=1, keepdim=True).expand_as(truth)
-        complete("true; grey; coloured", grey, colorization(twice, sde))
+        complete("grey given", grey, colorization(twice, sde))
     weights = torch.linspace(0, 1, 10, device=run.device)
     between = [slerp(x_1[i], x_1[i + 2], weights) for i in (0, 1)]
     cooled = [bcast(1 - weights, x_1) * x_1[i] for i in (0, 1)]  # temperature, Fig. 6
     codes = torch.stack([*between, *cooled], dim=1).flatten(0, 1)
-    panels.append(("interpolated; cooled", flow(codes, 1.0, sde.eps_sample)[0]))
+    panels.append(("interpolated; cooled", flow(codes, 1, sde.eps_sample)[0]))
     common.save_panels(run.folder / "samples.png", [(title, tile(x)) for title, x in panels])
 
-    test, log_ps = data.test[: cfg.nll_examples], []
+    test, solver, log_ps = data.test[: cfg.nll_examples], {"rtol": cfg.tol, "atol": cfg.tol}, []
     for x in common.to_float(test).split(64) if len(test) else ():
-        solver = {"rtol": cfg.tol, "atol": cfg.tol}
-        repeats = range(cfg.nll_repeats)
-        draws = (
-            log_prob(score, sde, common.dequantize(x), cfg.divergence, **solver) for _ in repeats
-        )
-        log_ps.append(sum(log_p for log_p, _ in draws) / len(repeats))  # App. D.2
+        draws = [common.dequantize(x) for _ in range(cfg.nll_repeats)]
+        log_p = [log_prob(score, sde, x, cfg.divergence, **solver)[0] for x in draws]
+        log_ps.append(torch.stack(log_p).mean(0))  # App. D.2
     if log_ps:
         bpd = common.bits_per_dim(torch.cat(log_ps), math.prod(data.shape))
         figures = {"bits_per_dim": bpd.mean().item(), "standard_error": common.standard_error(bpd)}
@@ -617,54 +568,59 @@ def tile(x):
 
 def independent_pixels(train, test):
     """Bits per dimension of uint8 test images if each pixel had its own histogram (add-one)."""
-    pixel = 256 * torch.arange(train[0].numel(), device=train.device)
-    counts = torch.ones(256 * len(pixel), device=train.device)
+    counts = torch.ones(256, train[0].numel(), device=train.device)
     for x in train.flatten(1).split(4_096):
-        counts += torch.bincount((pixel + x).flatten(), minlength=len(counts))
+        counts.scatter_add_(0, x.long(), torch.ones_like(x, dtype=counts.dtype))
     bits = torch.log2((len(train) + 256) / counts)
-    return bits[(pixel + test.flatten(1)).flatten()].mean().item()
+    return bits.gather(0, test.flatten(1).long()).mean().item()
 
 
 def compare(cfg, data, device):
-    """On 2-D data, Table 1: N predictor steps (P), 2 N, 2 N corrector steps (C), N of both (PC);
-    and the probability flow ODE by dopri5, at several tolerances. Then App. D.5: the codes of the
-    test set by a network of half the width beside those of the whole."""
-    N, table, codes = cfg.sampler_steps, [], []
-    whole = [(name, cfg.width) for name in ("ve", "vp", "subvp")]
-    for name, width in [*whole, ("subvp", max(1, cfg.width // 2))]:
+    """On 2-D data, Table 1 for every SDE; then App. D.5, the codes of the sub-VP SDE's network
+    beside those of another one of half the width."""
+    steps, table, codes = (cfg.sampler_steps // 4, cfg.sampler_steps), [], []
+    networks = [(name, cfg.width) for name in ("ve", "vp", "subvp")]
+    for name, width in [*networks, ("subvp", math.ceil(cfg.width / 2))]:
         out = common.free_folder(f"{cfg.out}/{name}-{width}")
         here = dataclasses.replace(cfg, compare=False, sde=name, width=width, out=out)
         run, sde = prepare(here, data, device)
         run.say(f"training with the {name} SDE, width {width}")
         train(here, run, data, sde)
-        score = score_model(run.ema, sde, cfg.score)
-        if name == "subvp":
-            tight = {"rtol": cfg.tol, "atol": cfg.tol}
-            codes.append(follow(score, sde, data.test[:2_000], (sde.eps, 1.0), **tight)[0])
-        if len(codes) == 2:
-            break
-
-        def distance(sampler, *options, score=score, sde=sde, **solver):
-            x, nfe = sampler(score, sde, sde.prior(5_000, 2, device=device), *options, **solver)
-            return f"{1e3 * common.energy_distance(x, data.test[:20_000]):9.2f}", nfe
-
-        def cell(steps, predictor, correctors=0, distance=distance):
-            return distance(pc_sample, steps, predictor, correctors, cfg.snr)[0]
-
-        C = cell(N, "none", 2)
-        for predictor in PREDICTORS:
-            if (name, predictor) != ("subvp", "ancestral"):
-                row = cell(N, predictor), cell(2 * N, predictor), C, cell(N, predictor, 1)
-                table.append(f"{name:6}{predictor:20}{''.join(row)}")  # Table 1
-        for tol in (1e-2, 1e-3, 1e-5):
-            value, nfe = distance(follow, (1.0, sde.eps_sample), rtol=tol, atol=tol)
-            table.append(f"{name:6}{f'ODE, tolerance {tol:.0e}':20}{value}  {nfe} evaluations")
-    titles = (f"P{N}", f"P{2 * N}", f"C{2 * N}", f"PC{N}")
-    print("1000 times the energy distance of 5000 samples to 20000 points of the data")
-    print(" " * 26 + "".join(f"{title:>9}" for title in titles), *table, sep="\n")
-    a, b = codes  # App. D.5
+        score, solver = score_model(run.ema, sde, cfg.score), {"rtol": cfg.tol, "atol": cfg.tol}
+        codes.append(follow(score, sde, data.test[:2_000], (sde.eps, 1), **solver)[0])  # App. D.5
+        if len(codes) <= len(networks):
+            table += samplers_table(name, score, sde, data, steps, cfg.snr)
+    floor = 1e3 * common.energy_distance(data.train[:5_000], data.test[:10_000])
+    print("1000 times the energy distance of 5000 samples to 10000 points of the data")
+    titles = [t for N in steps for t in (f"P{N}", f"P{2 * N}", f"C{2 * N}", f"PC{N}")]
+    print(" " * 26 + "".join(f"{title:>8}" for title in titles), *table, sep="\n")
+    print(f"{'data':26}{floor:8.2f}")
+    a, b = codes[-2:]
     apart, shuffled = ((a - c).square().mean().sqrt().item() for c in (b, b.roll(1, 0)))
     print(f"codes of two networks: {apart:.3f} apart, {shuffled:.3f} if shuffled")
+
+
+def samplers_table(name, score, sde, data, steps, snr):
+    """Rows of Table 1. For every N of steps: N predictor steps (P), 2 N of them, 2 N corrector
+    steps (C), N of both (PC). Then the probability flow ODE by dopri5."""
+
+    def distance(sampler, *options, **solver):
+        x_1 = sde.prior(5_000, 2, device=data.test.device)
+        x, nfe = sampler(score, sde, x_1, *options, **solver)
+        return 1e3 * common.energy_distance(x, data.test[:10_000]), nfe
+
+    C = {N: distance(pc_sample, N, "none", 2, snr)[0] for N in steps}
+    for predictor in PREDICTORS:
+        if (name, predictor) != ("subvp", "ancestral"):
+            row = f"{name:6}{predictor:20}"
+            for N in steps:
+                runs = ((N, 0), (2 * N, 0), (N, 1))
+                P, P_2, PC = (distance(pc_sample, n, predictor, M, snr)[0] for n, M in runs)
+                row += f"{P:8.2f}{P_2:8.2f}{C[N]:8.2f}{PC:8.2f}"  # Table 1
+            yield row
+    for tol in (1e-2, 1e-3, 1e-5):
+        value, nfe = distance(follow, (1, sde.eps_sample), rtol=tol, atol=tol)
+        yield f"{name:6}{f'ODE, tolerance {tol:.0e}':20}{value:8.2f}  {nfe} evaluations"
 
 
 def main(cfg):
@@ -689,10 +645,12 @@ def main(cfg):
         M, r = cfg.corrector_steps, cfg.snr
         return pc_sample(s, sde, x_1, cfg.sampler_steps, cfg.predictor, M, r, **options)
 
-    def flow(x, *times, every=False):
-        times = torch.tensor(times) if every else times
+    def flow(x, *times):
         return follow(score, sde, x, times, rtol=cfg.tol, atol=cfg.tol)
 
+    x_0 = common.to_float(data.test[:10])
+    x = flow(flow(x_0, sde.eps, 1)[0], 1, sde.eps)[0]
+    run.report("codes", round_trip_error=(x - x_0).square().mean().sqrt().item())  # App. D.4
     evaluate = evaluate_images if data.is_image else evaluate_vectors
     evaluate(cfg, run, data, sde, score, sample, flow, classes is not None)
     if cfg.num_samples:

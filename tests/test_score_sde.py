@@ -232,15 +232,15 @@ def test_steps_are_the_papers():
     }
     for sde, steps in ((VP(), vp), (VE(0.01, 50.0), ve)):
         for name, (mean, width2) in steps.items():
-            got, width = score_sde.PREDICTORS[name](x, s, t, h, sde)
+            got, width = getattr(sde, name)(x, s, t, h)
             assert_close(got, mean)
             assert_close(width**2, width2)
-    got, width = score_sde.PREDICTORS["reverse_diffusion"](x, s, t, h, SubVP())
-    expected, g = score_sde.PREDICTORS["euler_maruyama"](x, s, t, h, SubVP())
-    assert_close(got, expected)
+    mean, width = SubVP().reverse_diffusion(x, s, t, h)
+    expected, g = SubVP().euler_maruyama(x, s, t, h)
+    assert_close(mean, expected)
     assert_close(width, g)
     with pytest.raises(TypeError, match="no ancestral"):
-        score_sde.PREDICTORS["ancestral"](x, s, t, h, SubVP())
+        SubVP().ancestral(x, s, t, h)
 
 
 def final_variance(sde, predictor, steps, std=1.0, correctors=0, snr=0.16):
@@ -265,7 +265,7 @@ def test_vp_keeps_the_variance(noise, predictor, expected):
 
 
 @every_sde
-@pytest.mark.parametrize("predictor", list(score_sde.PREDICTORS))
+@pytest.mark.parametrize("predictor", score_sde.PREDICTORS)
 def test_predictors_converge_to_the_variance_of_the_data(noise, sde, predictor):
     if isinstance(sde, SubVP) and predictor == "ancestral":
         return
@@ -385,21 +385,21 @@ def test_flow_maps_a_gaussian(sde):
 @every_sde
 def test_likelihood_is_the_exact_density(sde):
     x_0 = 0.4 + 0.3 * torch.randn(6, 2)
-    score = gaussian_score(sde, 0.4, 0.3)
-    log_p, _ = score_sde.log_prob(score, sde, x_0, **TIGHT)
+    score, solver = gaussian_score(sde, 0.4, 0.3), {"rtol": 1e-8, "atol": 1e-8}
+    log_p, _ = score_sde.log_prob(score, sde, x_0, **solver)
     v_0, v_1 = variance(sde, sde.eps, 0.3), variance(sde, 1, 0.3)
     (a_0, _), (a_1, _) = sde.kernel(scalar(sde.eps)), sde.kernel(scalar(1))
     x_1 = a_1 * 0.4 + math.sqrt(v_1 / v_0) * (x_0 - a_0 * 0.4)
     expected = sde.prior_log_prob(x_1) + 2 * math.log(v_1 / v_0) / 2
-    assert_close(log_p, expected, rtol=0, atol=1e-7)
+    assert_close(log_p, expected, rtol=0, atol=1e-6)
     if isinstance(sde, VE):
         assert math.log(v_1 / v_0) / 2 == pytest.approx(5.11546, abs=5e-6)
     normal = torch.distributions.Normal(0.4, 0.3)
     # p_1 is not quite the prior, and VE's p_eps is smoothed by sigma_min
     assert_close(log_p, normal.log_prob(x_0).sum(1), rtol=0, atol=0.03)
-    probed, _ = score_sde.log_prob(score, sde, x_0, "rademacher", **TIGHT)
-    assert_close(probed, log_p, rtol=0, atol=1e-7)  # without variance: the Jacobian is diagonal
-    gaussian, _ = score_sde.log_prob(score, sde, x_0, "gaussian", **TIGHT)
+    probed, _ = score_sde.log_prob(score, sde, x_0, "rademacher", **solver)
+    assert_close(probed, log_p, rtol=0, atol=1e-6)  # without variance: the Jacobian is diagonal
+    gaussian, _ = score_sde.log_prob(score, sde, x_0, "gaussian", rtol=1e-3, atol=1e-3)
     assert (gaussian - log_p).abs().max() > 0.01
 
 
@@ -528,10 +528,10 @@ def test_imputation_of_correlated_dimensions_is_biased_without_correctors(sde, m
     means = []
     for correctors in (0, 16):
         start, more = torch.zeros(8, 2), {"correctors": correctors, "impute": impute}
-        x, _ = score_sde.pc_sample(score, sde, start, 100, "euler_maruyama", **more)
+        x, _ = score_sde.pc_sample(score, sde, start, 50, "euler_maruyama", **more)
         assert (x[:, 0] == 1).all()
         means.append(x[:, 1].mean().item())
-    assert means[0] == pytest.approx((1 - math.sqrt(1 - r**2)) / r, abs=0.01)  # O(1 / N)
+    assert means[0] == pytest.approx((1 - math.sqrt(1 - r**2)) / r, abs=0.015)  # O(1 / N)
     assert means[1] == pytest.approx(r, abs=0.01)
 
 
@@ -612,16 +612,15 @@ def test_losses_and_samplers_keep_to_their_device(sde):
     assert score_sde.slerp(x[0], x[1], t).is_meta
 
 
-def test_classifier_is_half_a_unet():
+def test_image_classifier():
     torch.set_default_dtype(torch.float32)
-    net = score_sde.Classifier(1, 10, 8, 8, (1, 2), 1, (4,))
+    net = score_sde.Classifier(1, 10, 8, 8, (1,), 1, ())
     x, t = torch.randn(2, 1, 8, 8), torch.rand(2)
     assert net(x, t).shape == (2, 10)
     compiled = torch.compile(net, fullgraph=True, backend="eager")
     assert_close(compiled(x, t), net(x, t))
     with torch.autocast("cpu", torch.bfloat16):
         assert net(x, t).isfinite().all()
-    assert not any("up." in name for name, _ in net.named_parameters())
 
 
 # ---- Learning, and the command line -------------------------------------------------------------
@@ -687,24 +686,34 @@ def test_images_by_class_and_in_colour(call, pictures, tmp_path):
 
 def test_compare_prints_the_table(call, monkeypatch):
     torch.set_default_dtype(torch.float32)
-    # two steps leave scores that no adaptive solver follows quickly
+    kinds = {}
+
+    def pc_sample(score, sde, x, steps, predictor, correctors, snr):
+        kinds.setdefault((type(sde).__name__, predictor), []).append((steps, correctors))
+        return x, 0
+
+    monkeypatch.setattr(score_sde, "pc_sample", pc_sample)
     monkeypatch.setattr(score_sde, "follow", lambda score, sde, x, times, **_: (x, 7))
-    monkeypatch.setattr(common, "energy_distance", lambda x, y: x.isfinite().float().mean().item())
-    code, out, err = call("score_sde", *TINY, "--sampler-steps", "21", "--compare")
+    monkeypatch.setattr(common, "energy_distance", lambda x, y: 0.0)
+    code, out, err = call("score_sde", *TINY, "--sampler-steps", "84", "--compare")
     assert code == 0, err
-    rows = [line.split() for line in out.splitlines()]
-    rows = [row[:2] for row in rows if row and row[0] in ("ve", "vp", "subvp")]
-    names = list(score_sde.PREDICTORS)
-    full = [*names, "ODE,", "ODE,", "ODE,"]
-    expected = [[sde, name] for sde in ("ve", "vp", "subvp") for name in full]
+    assert "P21     P42     C42    PC21     P84    P168    C168    PC84" in out
+    rows = [line.split()[:2] for line in out.splitlines()]
+    rows = [row for row in rows if row and row[0] in ("ve", "vp", "subvp")]
+    names = [*score_sde.PREDICTORS, "ODE,", "ODE,", "ODE,"]
+    expected = [[sde, name] for sde in ("ve", "vp", "subvp") for name in names]
     expected.remove(["subvp", "ancestral"])
     assert rows == expected
+    for (_, predictor), runs in kinds.items():
+        both = [(21, 0), (42, 0), (21, 1), (84, 0), (168, 0), (84, 1)]
+        assert runs == ([(21, 2), (84, 2)] if predictor == "none" else both)
+    assert "codes of two networks: 0.000 apart" in out  # `follow` gives back the same points
 
 
 BAD_SETTINGS = [
     ({"sigma_max": 0.001}, "must exceed --sigma-min"),
     ({"beta_max": 0.01}, "below --beta-min"),
-    ({"sde": "vp", "sampler_steps": 20}, "--sampler-steps 20 must exceed"),
+    ({"sde": "vp", "sampler_steps": 20}, "--sampler-steps 20: VP's beta_i need 21 or more"),
     ({"sde": "subvp", "predictor": "ancestral"}, "not defined for --sde subvp"),
     ({"predictor": "none", "corrector_steps": 0}, "--predictor none leaves"),
     ({"compare": True, "resume": True}, "trains anew"),
@@ -723,6 +732,7 @@ BAD_FLAGS = [
     ("--sde vq", "invalid choice"),
     ("--snr 0", "a number above 0"),
     ("--levels -1", "at least 0"),
+    ("--compare --sampler-steps 40", "need 84 or more"),
     ("--compare --dataset pictures", "made for 2-D data"),
 ]
 
