@@ -27,6 +27,7 @@ Run         python vae.py                                            glyphs
 """
 
 import dataclasses
+import functools
 import math
 import os
 from dataclasses import dataclass
@@ -34,8 +35,8 @@ from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
-import torchvision
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn.utils import parameters_to_vector
 
 import common
@@ -48,7 +49,7 @@ class Config(common.Config):
     method: Literal["aevb", "wake-sleep", "full-vb"] = "aevb"  # Alg. 1; Fig. 2's rival; App. F
     estimator: Literal["A", "B"] = "B"  # of the bound: Eq. 6, or Eq. 7 with the KL in closed form
     samples: Count = 1  # L, draws of z for each image (Alg. 1)
-    steps: Natural = 6_000  # optimisation steps
+    steps: Natural = 5_000  # optimisation steps
     batch_size: Count = 100  # M (Alg. 1)
     optimizer: Literal["adam", "adagrad"] = "adam"  # the paper's is adagrad (Sec. 5)
     lr: Positive = 2e-3  # peak learning rate; Adagrad's: one of 0.01, 0.02, 0.1 (Sec. 5)
@@ -57,7 +58,7 @@ class Config(common.Config):
     ema: common.Fraction | None = None  # decay of the weights' moving average, which is evaluated
     latent: Count = 20  # J, latent units (Fig. 2: 3, 5, 10, 20, 200)
     manifold: bool = True  # train a second model, of two latent units, for Fig. 4
-    hidden: Count = 500  # tanh units of encoder and decoder (Sec. 5), or channels of the conv
+    hidden: Count = 200  # tanh units of encoder and decoder (Sec. 5), or channels of the conv
     network: Literal["mlp", "conv"] = "mlp"  # App. C, or strided convolutions
     decoder: Literal["bernoulli", "gaussian"] = "bernoulli"  # App. C.1, or App. C.2
     binarization: Literal["stochastic", "fixed"] = "stochastic"  # anew at every visit, or once
@@ -68,9 +69,10 @@ class Config(common.Config):
 
 
 COLOUR = {"network": "conv", "decoder": "gaussian", "hidden": 64, "latent": 128, "manifold": False}
+MNIST = {"steps": 40_000, "hidden": 500}  # Sec. 5
 PRESETS = {
-    "mnist": {"steps": 60_000},
-    "fashion_mnist": {"steps": 60_000},
+    "mnist": MNIST,
+    "fashion_mnist": MNIST,
     "folder": COLOUR,
     "cifar10": COLOUR | {"steps": 100_000, "flip": True},
 }
@@ -139,10 +141,7 @@ class VAE(nn.Module):
 
     def decode(self, z, theta=None):
         rows = z.flatten(0, -2)
-        if theta is None:
-            h = self.decoder(rows)
-        else:
-            h = torch.func.functional_call(self.decoder, theta, rows)
+        h = self.decoder(rows) if theta is None else functional_call(self.decoder, theta, rows)
         h = h.to(z.dtype).unflatten(0, z.shape[:-1])
         if self.likelihood == "bernoulli":
             return Bernoulli(h)  # Eq. 11
@@ -249,7 +248,7 @@ def log_likelihood(vae, x, samples):
 
 
 def hmc(log_p, z, step, leapfrogs):
-    """A transition of hybrid Monte Carlo: -> (z, log p(z), probability of acceptance).
+    """A transition of hybrid Monte Carlo -> (z, probability of acceptance).
 
     z (..., J), any number of chains; log_p(z) -> (...); step, the size of a step: one, or (..., 1).
     """
@@ -279,21 +278,18 @@ def tuned(step, chance, rate):
     return step * (rate * (chance - 0.9)).exp()
 
 
-def posterior_samples(log_p, z, transitions=15, leapfrogs=4, step=None):
-    """Chains z (S, B, J) moved on towards p(z | x) -> (z, step). A step (B, 1) that is given stays
-    as it is; else it is tuned on the way, for each x."""
-    tune = step is None
-    step = torch.full_like(z[0, :, :1], 0.3) if tune else step
+def posterior_samples(log_p, z, transitions, step=None, leapfrogs=4):
+    """Chains z (S, B, J) some transitions on -> (z, step); a step (B, 1) is given, or tuned."""
+    fixed, step = step is not None, torch.full_like(z[0, :, :1], 0.3) if step is None else step
     for i in range(transitions):
         z, chance = hmc(log_p, z, step, leapfrogs)
-        if tune:
-            step = tuned(step, chance.mean(0)[:, None], 2 / (1 + i / 5))
+        step = step if fixed else tuned(step, chance.mean(0)[:, None], 2 / (1 + i / 5))
     return z, step
 
 
 def reciprocal_likelihood(log_q, log_p_joint):
-    """log p(x) from L draws of its posterior, (L, B) -> (B,); biased upwards, exact if q is the
-    posterior: log of 1 / p(x) = E[q(z) / p(x, z)]."""
+    """log p(x) from L draws of the posterior, (L, B) -> (B,): 1 / p(x) = E[q(z) / p(x, z)]. It is
+    biased upwards, and exact if q is the posterior."""
     return math.log(len(log_q)) - (log_q - log_p_joint).logsumexp(0)  # App. D
 
 
@@ -308,7 +304,7 @@ def marginal_likelihood(vae, x, z, transitions=15):
     covariance = torch.einsum("lbi,lbj->bij", centred, centred) / (len(z) - 1)
     scale = torch.linalg.cholesky(covariance + 1e-6 * torch.eye(z.shape[2]).to(z))
     q = torch.distributions.MultivariateNormal(z.mean(0), scale_tril=scale, validate_args=False)
-    z, _ = posterior_samples(log_p, z, transitions, step=step)  # App. D, 2 was q; 3: new values
+    z, _ = posterior_samples(log_p, z, transitions, step)  # App. D, 2 was q; 3: new values
     with torch.no_grad():
         return reciprocal_likelihood(q.log_prob(z), log_p(z))
 
@@ -326,27 +322,14 @@ def mlp(n_in, hidden, n_out):
 
 def conv(shape, channels, latent, outputs):
     """Encoder and decoder of two strided convolutions each, between flat images and vectors."""
-    c, (height, width) = shape[0], (shape[1] // 4, shape[2] // 4)
-    inner = (2 * channels, height, width)
-    encoder = nn.Sequential(
-        nn.Unflatten(1, shape),
-        nn.Conv2d(c, channels, 4, 2, 1),
-        nn.SiLU(),
-        nn.Conv2d(channels, 2 * channels, 4, 2, 1),
-        nn.SiLU(),
-        nn.Flatten(),
-        nn.Linear(math.prod(inner), 2 * latent),
-    )
-    decoder = nn.Sequential(
-        nn.Linear(latent, math.prod(inner)),
-        nn.SiLU(),
-        nn.Unflatten(1, inner),
-        nn.ConvTranspose2d(2 * channels, channels, 4, 2, 1),
-        nn.SiLU(),
-        nn.ConvTranspose2d(channels, outputs * c, 4, 2, 1),
-        nn.Flatten(),
-    )
-    return encoder, decoder
+    c, inner = shape[0], (2 * channels, shape[1] // 4, shape[2] // 4)
+    size = math.prod(inner)
+    down = [nn.Conv2d(c, channels, 4, 2, 1), nn.SiLU()]
+    down += [nn.Conv2d(channels, 2 * channels, 4, 2, 1), nn.SiLU(), nn.Flatten()]
+    up = [nn.ConvTranspose2d(2 * channels, channels, 4, 2, 1), nn.SiLU()]
+    up += [nn.ConvTranspose2d(channels, outputs * c, 4, 2, 1), nn.Flatten()]
+    encoder = nn.Sequential(nn.Unflatten(1, shape), *down, nn.Linear(size, 2 * latent))
+    return encoder, nn.Sequential(nn.Linear(latent, size), nn.SiLU(), nn.Unflatten(1, inner), *up)
 
 
 def build(cfg, shape, latent):
@@ -363,8 +346,7 @@ def build(cfg, shape, latent):
 
 def binarize(levels, generator=None):
     """Levels 0 .. 255 -> draws of 0 or 1, of mean level / 255."""
-    noise = torch.empty_like(levels).random_(0, 255, generator=generator)  # 0 .. 254
-    return noise < levels
+    return torch.empty_like(levels).random_(0, 255, generator=generator) < levels  # 0 .. 254
 
 
 class Images:
@@ -442,106 +424,99 @@ def optimizer(cfg, n):
     """Adam or Adagrad; the prior N(0, I) on the weights is a decay of 1 / N (Sec. 5: MAP)."""
     settings = {"lr": cfg.lr, "weight_decay": 1 / n if cfg.map else 0, "fused": True}
     if cfg.optimizer == "adagrad":
-        return lambda parameters: torch.optim.Adagrad(parameters, **settings)
-    return lambda parameters: torch.optim.Adam(parameters, betas=(0.9, cfg.beta_2), **settings)
+        return functools.partial(torch.optim.Adagrad, **settings)
+    return functools.partial(torch.optim.Adam, betas=(0.9, cfg.beta_2), **settings)
 
 
 # ---- Evaluation ---------------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def test_bound(vae, x):
+def mean_bound(vae, x):
     """The mean of Eq. 7 over x with one draw each."""
-    bounds = []
-    for part in x.split(1000):
-        eps = torch.randn(1, len(part), vae.latent, device=x.device)
-        bounds.append(sgvb_b(vae, part, eps))
-    return torch.cat(bounds).mean().item()
+    eps = torch.randn(len(x), vae.latent, device=x.device)
+    parts = zip(x.split(1000), eps.split(1000), strict=True)
+    return torch.cat([sgvb_b(vae, x, eps[None]) for x, eps in parts]).mean().item()
+
+
+def mean_marginal(vae, x, encoder=True):
+    """The mean of App. D's estimate over x: 50 chains each (App. E), from q or from the prior."""
+    z = torch.randn(50, len(x), vae.latent, device=x.device)
+    z = vae.encode(x).sample(z).detach() if encoder else z
+    return marginal_likelihood(vae, x, z).mean().item()
 
 
 def evaluate(cfg, run, images):
     """The bound on all test images and the likelihood of some, by App. D too if it can be."""
     torch.manual_seed(cfg.seed)
     vae, x = run.ema, images.test[: cfg.nll_examples]
-    figures = {"bound": test_bound(vae, images.test)}
+    figures = {"bound": mean_bound(vae, images.test)}
     if len(x):
         log_p = log_likelihood(vae, x, cfg.nll_samples)
         figures |= {"nll": -log_p.mean().item(), "standard_error": common.standard_error(log_p)}
         figures |= {"examples": len(x), "draws": cfg.nll_samples}
         if images.gaussian:
-            bits = common.bits_per_dim(log_p, x.shape[1])
-            figures["bits_per_dim"] = bits.mean().item()
-    if len(x) and vae.latent < 5:  # App. D: below five dimensions
-        z = vae.encode(x).sample(torch.randn(50, len(x), vae.latent, device=x.device)).detach()
-        figures["nll_by_mcmc"] = -marginal_likelihood(vae, x, z).mean().item()  # Sec. 5
+            figures["bits_per_dim"] = common.bits_per_dim(log_p, x.shape[1]).mean().item()
+        if vae.latent < 5:
+            figures["nll_by_mcmc"] = -mean_marginal(vae, x)
     run.report("test", **figures)
 
 
 def compare(cfg):
-    """The figures of Fig. 2 and Fig. 3 for AEVB, wake-sleep and Monte Carlo EM, as a table."""
+    """Figures of Fig. 2 and Fig. 3 for AEVB, wake-sleep and Monte Carlo EM, as a table."""
+    few = cfg.latent < 5  # App. D; without an encoder there is no other figure
     rows = []
-    for method in ("aevb", "wake-sleep", "mcem"):
-        if method == "mcem" and cfg.latent >= 5:
-            continue  # no bound without an encoder, and App. D is for fewer latents
-        here = dataclasses.replace(cfg, method=method, manifold=False)
-        here.out = common.free_folder(f"{cfg.out}/{method}")
-        images, start = prepare(here)
+    for method in ("aevb", "wake-sleep", *(["mcem"] if few else [])):
+        encoder = method != "mcem"
+        out = common.free_folder(f"{cfg.out}/{method}")
+        images, start = prepare(dataclasses.replace(cfg, method=method, out=out))
         run = start()
         run.say(f"training by {method}")
-        if method == "mcem":
-            train_mcem(run, images)
+        if encoder:
+            train(run.cfg, run, images)
         else:
-            train(here, run, images)
+            train_mcem(run, images)
         torch.manual_seed(cfg.seed)
-        vae, row = run.ema, f"{method:<10}{len(images):9d}"
-        test = images.test[: cfg.nll_examples]
+        vae, test, figures = run.ema, images.test[: cfg.nll_examples], []
         seen = images.images(torch.arange(min(len(test), len(images)), device=run.device))
         for x in (seen, test):
-            bound = "-" if method == "mcem" else f"{test_bound(vae, x):.2f}"
-            z = torch.randn(50, len(x), vae.latent, device=x.device)  # App. E: 50 values
-            z = z if method == "mcem" else vae.encode(x).sample(z).detach()
-            mcmc = marginal_likelihood(vae, x, z) if cfg.latent < 5 else None
-            row += f"{bound:>10}{'-' if mcmc is None else f'{mcmc.mean():.2f}':>10}"
-        exact = "-" if method == "mcem" else f"{log_likelihood(vae, test, 1000).mean():.2f}"
-        rows.append(f"{row}{exact:>12}")
-    print("log p(x) by App. D's estimator, and of test images by importance weighting; nats")
-    print("method            N     bound     train     bound      test   importance")
+            figures.append(mean_bound(vae, x) if encoder else None)
+            figures.append(mean_marginal(vae, x, encoder) if few else None)
+        figures.append(log_likelihood(vae, test, 1000).mean().item() if encoder else None)
+        cells = ("-" if figure is None else f"{figure:.2f}" for figure in figures)
+        rows.append(f"{method:<10}{len(images):7d}" + "".join(f"{cell:>10}" for cell in cells))
+    print("nats per image: bound; log p(x) by App. D (MCMC); by importance weighting (IW)")
+    titles = ("train L", "MCMC", "test L", "MCMC", "IW")
+    print("method          N" + "".join(f"{title:>10}" for title in titles))
     print("\n".join(rows))
 
 
 # ---- Pictures (App. A) --------------------------------------------------------------------------
 
 
-def unflatten(images, x):
-    """Pixels or their means, (N, D) -> images in [-1, 1], (N, C, H, W)."""
+def as_images(images, x):
+    """Pixels or their means, (N, D) -> (N, C, H, W) in [-1, 1]."""
     return (x if images.gaussian else 2 * x - 1).unflatten(1, images.shape)
 
 
-def tiles(images, x, columns):
-    """Pixels or their means, (N, D), side by side -> uint8 (3, H, W)."""
-    x = common.to_uint8(unflatten(images, x)).cpu()
-    return torchvision.utils.make_grid(x, nrow=columns, padding=1, pad_value=64)
-
-
 @torch.no_grad()
-def draw(vae, images, n):
-    """n samples of z decoded to p(x | z)'s mean, in [-1, 1], (n, C, H, W)."""
-    z = torch.randn(1, n, vae.latent, device=images.levels.device)
-    return unflatten(images, vae.decode(z).mean[0])
+def means(vae, z):
+    """The means of p(x | z): z (N, J) -> (N, D)."""
+    return vae.decode(z[None]).mean[0]
 
 
-def manifold(vae, images):
-    """Fig. 4: what two latents decode to over the unit square; and the codes of test images."""
-    side = 560 // images.shape[2]
+def manifold(vae, images, side=18):
+    """Fig. 4: what two latents decode to, over the unit square; and the codes of test images."""
     u = (torch.arange(side, device=images.test.device) + 0.5) / side
-    z = torch.special.ndtri(u)  # Fig. 4: linear in the inverse of the Gaussian's CDF
+    z = torch.special.ndtri(u)  # Fig. 4: equal steps through the inverse CDF of N(0, 1)
     z = torch.stack([z.repeat(side), z.flip(0).repeat_interleave(side)], dim=1)
+    grid = common.image_grid(as_images(images, means(vae, z)), side)
     hues = [f"hsl({36 * label},75%,45%)" for label in range(10)]
-    codes, labels = vae.encode(images.test[:3000]).mu.cpu(), images.labels[:3000].tolist()
-    dots = [("dots", codes, [hues[label % 10] for label in labels], 1.6)]
+    codes, labels = vae.encode(images.test[:1500]).mu.cpu(), images.labels[:1500].tolist()
+    dots = [("dots", codes, [hues[label % 10] for label in labels], 2)]
     legend = list(zip("0123456789", hues, strict=True))
-    plot = common.chart(dots, (-3.2, 3.2, -3.2, 3.2), (520, 520), ("z_1", "z_2"), legend)
-    grid = tiles(images, vae.decode(z[None]).mean[0], side)
+    size = (grid.shape[2] - 58,) * 2  # and the axes
+    plot = common.chart(dots, (-3.2, 3.2, -3.2, 3.2), size, ("z_1", "z_2"), legend)
     return [("manifold of two latents", grid), ("codes of test images", plot)]
 
 
@@ -550,24 +525,18 @@ def picture(runs, images, n=12):
     """Reconstructions, samples (Fig. 5), interpolations of the first run; a manifold (Fig. 4)."""
     rows = [manifold(run.ema, images) for run in runs if run.ema.latent == 2]
     vae = runs[0].ema
-
-    def means(z):
-        return vae.decode(z[None]).mean[0]
-
     x = images.test[torch.arange(n * n // 2, device=images.test.device) % len(images.test)]
     mu = vae.encode(x).mu
-    pairs = torch.stack([x.unflatten(0, (-1, n)), means(mu).unflatten(0, (-1, n))], dim=1)
+    pairs = torch.stack([x.unflatten(0, (-1, n)), means(vae, mu).unflatten(0, (-1, n))], dim=1)
     t = torch.linspace(0, 1, n, device=x.device)[:, None]
     ends = mu[: 2 * n].unflatten(0, (n, 2))
     between = (1 - t) * ends[:, :1] + t * ends[:, 1:]  # (n, n, J)
-    z = torch.randn(n * n, vae.latent, device=x.device)
-    rows.append(
-        [
-            ("test images above their reconstructions", tiles(images, pairs.flatten(0, 2), n)),
-            ("samples", tiles(images, means(z), n)),
-            ("from one test image to another", tiles(images, means(between.flatten(0, 1)), n)),
-        ]
-    )
+    panels = {
+        "test images above their reconstructions": pairs.flatten(0, 2),
+        "samples": means(vae, torch.randn(n * n, vae.latent, device=x.device)),
+        "from one test image to another": means(vae, between.flatten(0, 1)),
+    }
+    rows.append([(t, common.image_grid(as_images(images, x), n)) for t, x in panels.items()])
     common.save_panels(runs[0].folder / "samples.png", *rows)
 
 
@@ -575,7 +544,7 @@ def picture(runs, images, n=12):
 
 
 def prepare(cfg):
-    """The images, and a function that starts the run of one stage."""
+    """The images, and a function that starts the run of a stage."""
     device = common.setup(cfg)
     data = common.load_data(cfg, device)
     images = Images(cfg, data)
@@ -610,7 +579,12 @@ def main(cfg):
         evaluate(cfg, run, images)
     picture(runs, images)
     if cfg.num_samples:
-        runs[0].write_samples(lambda n: draw(runs[0].ema, images, n))
+        vae, device = runs[0].ema, runs[0].device
+
+        def draw(n):
+            return as_images(images, means(vae, torch.randn(n, vae.latent, device=device)))
+
+        runs[0].write_samples(draw)
     runs[0].say(f"see {runs[0].folder / 'samples.png'}")
 
 

@@ -6,13 +6,20 @@ machine's speed meets all alike. Not collected by pytest.
 """
 
 import argparse
+import itertools
+import re
 import statistics
 import sys
+import tempfile
 import time
 import warnings
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
+import torchvision
+from PIL import Image
+from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 warnings.filterwarnings("ignore")
@@ -20,6 +27,8 @@ warnings.filterwarnings("ignore")
 import common  # noqa: E402
 import d3pm  # noqa: E402
 import flow_matching  # noqa: E402
+import neural_ode  # noqa: E402
+import vae  # noqa: E402
 
 PRESETS = {  # image channels, side, U-Net: base channels, multiples, blocks, attention; batch
     "MNIST": (1, 28, flow_matching.PRESETS["mnist"], 64),
@@ -187,6 +196,72 @@ def ode_rows(device):
             print(f"{'':34} evaluations {counts}")
 
 
+class Field(torch.nn.Module):
+    """An MLP on (B, dim) that counts its evaluations."""
+
+    def __init__(self, dim, width):
+        super().__init__()
+        self.net, self.calls = neural_ode.mlp(dim, width, width, dim), 0
+
+    def forward(self, z, t):
+        self.calls += 1
+        return self.net(z)
+
+
+def peak_megabytes(work):
+    """The most memory that the work takes on top of what was taken before it."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        work()
+        return (torch.cuda.max_memory_allocated() - before) / 1e6
+    Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak starts anew
+    before = kilobytes("VmRSS")
+    work()
+    return (kilobytes("VmHWM") - before) / 1e3
+
+
+def kilobytes(name):
+    return int(re.search(rf"{name}:\s+(\d+)", Path("/proc/self/status").read_text())[1])
+
+
+def adjoint_rows(device):
+    for title, batch, dim, width in (("small", 512, 2, 64), ("large", 4096, 32, 128)):
+        for tol in (1e-3, 1e-5):
+            torch.manual_seed(0)
+            f, z_0 = Field(dim, width).to(device), torch.randn(batch, dim, device=device)
+
+            def ours(f=f, z_0=z_0, tol=tol):
+                z, forward = neural_ode.odeint_adjoint(f, z_0, (0.0, 3.0), rtol=tol, atol=tol)
+                z.square().sum().backward()
+                return forward
+
+            contenders = {"ours": ours}
+            try:
+                import torchdiffeq
+            except ImportError:
+                print("torchdiffeq is not installed")
+            else:
+                theirs_f = torch.nn.Module()
+                theirs_f.f, theirs_f.forward = f, lambda t, z, f=f: f(z, t)
+
+                def theirs(f=f, theirs_f=theirs_f, z_0=z_0, tol=tol):
+                    times, before = torch.tensor([0.0, 3.0], device=device), f.calls
+                    solver = {"rtol": tol, "atol": tol, "method": "dopri5"}
+                    z = torchdiffeq.odeint_adjoint(theirs_f, z_0, times, **solver)
+                    forward = f.calls - before
+                    z[-1].square().sum().backward()
+                    return forward
+
+                contenders["torchdiffeq"] = theirs
+            row(f"adjoint {tol:g}, {title} field", interleaved(contenders, 5), "solves/s", 1)
+            for name, work in contenders.items():
+                before = f.calls
+                forward = work()
+                total, peak = f.calls - before, peak_megabytes(work)
+                print(f"{'':34} {name}: evaluations {forward} + {total - forward}, {peak:.1f} MB")
+
+
 def vector_rows(device):
     cfg = flow_matching.Config(steps=10_000, out="/dev/null", device=str(device))
     data = common.load_data(cfg, device)
@@ -203,6 +278,60 @@ def vector_rows(device):
 
     seconds = interleaved({"ours": hundred_steps}, 5)
     row(f"2-D training, batch {cfg.batch_size}", seconds, "steps/s", 100)
+
+
+def vae_rows(device):
+    """A step of Alg. 1 of 784-500-20-500-784 tanh units, against the loop that examples write:
+    a DataLoader of single images, two heads, reparameterize, Adam as it comes, loss.item()."""
+    levels = torch.randint(256, (20_000, 1, 28, 28), dtype=torch.uint8)
+    labels = torch.zeros(len(levels), dtype=torch.long)
+    cfg = vae.Config(out=tempfile.mkdtemp(), steps=10**9, hidden=500, latent=20)
+    images = vae.Images(cfg, common.Data("noise", *[levels.to(device), labels.to(device)] * 2))
+    net = vae.build(cfg, (1, 28, 28), cfg.latent)
+    run = common.Run(cfg, net, device, optimizer=vae.optimizer(cfg, len(images)))
+    batches = run.batches(images)
+
+    def ours():
+        for x, _ in itertools.islice(batches, 50):
+            run.step(-vae.objective(cfg, run, x, len(images)))
+
+    class Examples(torch.utils.data.Dataset):
+        to_tensor = torchvision.transforms.ToTensor()
+
+        def __len__(self):
+            return len(levels)
+
+        def __getitem__(self, i):
+            return self.to_tensor(Image.fromarray(levels[i, 0].numpy())), 0
+
+    encoder, head_1, head_2 = nn.Linear(784, 500), nn.Linear(500, 20), nn.Linear(500, 20)
+    decoder = nn.Sequential(nn.Linear(20, 500), nn.Tanh(), nn.Linear(500, 784), nn.Sigmoid())
+    model = nn.ModuleList([encoder, head_1, head_2, decoder]).to(device)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+
+    def forever():
+        while True:
+            yield from torch.utils.data.DataLoader(Examples(), batch_size=100, shuffle=True)
+
+    loader, total = forever(), 0.0
+
+    def theirs():
+        nonlocal total
+        for x, _ in itertools.islice(loader, 50):
+            x = x.to(device).view(-1, 784)
+            optimizer.zero_grad()
+            h = torch.tanh(encoder(x))
+            mu, logvar = head_1(h), head_2(h)
+            std = torch.exp(0.5 * logvar)
+            y = decoder(mu + torch.randn_like(std) * std)
+            bce = F.binary_cross_entropy(y, x, reduction="sum")
+            loss = bce - 0.5 * torch.sum(1 + logvar - mu.pow(2) - logvar.exp())
+            loss.backward()
+            total += loss.item()
+            optimizer.step()
+
+    seconds = interleaved({"ours": ours, "plain": theirs}, 5)
+    row("VAE training, batch 100", seconds, "images/s", 5000)
 
 
 def d3pm_rows(device):
@@ -257,12 +386,19 @@ def d3pm_rows(device):
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--gpu", action="store_true")
-    parser.add_argument("--rows", choices=["unet", "ode", "vector", "d3pm"])
+    parser.add_argument("--rows", choices=["unet", "ode", "adjoint", "vector", "vae", "d3pm"])
     arguments = parser.parse_args()
     device = torch.device("cuda" if arguments.gpu else "cpu")
     torch.set_float32_matmul_precision("high")
     print(f"torch {torch.__version__}, {device}, {torch.get_num_threads()} threads")
-    rows = {"unet": unet_rows, "ode": ode_rows, "vector": vector_rows, "d3pm": d3pm_rows}
+    rows = {
+        "unet": unet_rows,
+        "ode": ode_rows,
+        "adjoint": adjoint_rows,
+        "vector": vector_rows,
+        "vae": vae_rows,
+        "d3pm": d3pm_rows,
+    }
     for name, show in rows.items():
         if arguments.rows in (None, name):
             show(device)

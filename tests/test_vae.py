@@ -306,7 +306,7 @@ def test_hmc_keeps_its_target():
 
     z, step = torch.full((2000, 3, 2), 2.0), None
     z, step = vae.posterior_samples(log_p, z, 40)
-    z, same = vae.posterior_samples(log_p, z, 20, step=step)
+    z, same = vae.posterior_samples(log_p, z, 20, step)
     assert torch.equal(same, step)
     _, chance = vae.hmc(log_p, z, step, 4)
     assert_close(chance.mean(0), torch.full((3,), 0.9), rtol=0, atol=0.03)
