@@ -146,8 +146,9 @@ class Chain(nn.Module):
         return categorical(self.log_pi.expand(*shape, self.K))
 
     def skip(self, steps):
-        """The chain of so many equal steps, k of this one's each (Sec. 3.3); needs the CPU."""
-        return self.at(torch.linspace(0, self.T, min(steps, self.T) + 1).round().long())
+        """The chain of so many equal steps, at most T: k of this one's each (Sec. 3.3)."""
+        grid = torch.linspace(0, self.T, min(steps, self.T) + 1).round().long()
+        return self.at(grid).to(self.times.device)
 
 
 class LowRank(Chain):
@@ -191,7 +192,7 @@ class LowRank(Chain):
 
     def sample(self, x_0, t):
         """x_t ~ q(x_t | x_0): kept, or drawn from pi; this takes no (B, ..., K)."""
-        kept = torch.rand(x_0.shape, device=x_0.device).log() < bcast(self.whole[0, t], x_0)
+        kept = torch.rand(x_0.shape, device=x_0.device) < bcast(self.whole[0, t].exp(), x_0)
         noise = torch.multinomial(self.log_pi.exp(), x_0.numel(), replacement=True)
         return torch.where(kept, x_0, noise.view_as(x_0))
 
@@ -255,9 +256,7 @@ class Exponential(Dense):
         self.R, self.alpha = R, alpha
         self.register_buffer("n", n)
         shift = R.diagonal().min() * torch.eye(len(R), dtype=R.dtype)
-        power = torch.matrix_exp(
-            alpha * (R - shift)
-        )  # e^alpha|shift| exp(alpha R), no term below 0
+        power = torch.matrix_exp(alpha * (R - shift))  # exp(alpha R) but for a factor; no term < 0
         powers = [power / power.sum(1, keepdim=True)]
         for _ in range(1, int(n[-1]).bit_length()):
             powers.append(powers[-1] @ powers[-1])
@@ -551,9 +550,10 @@ class Block(nn.Module):
 
     def forward(self, h):
         h = h + self.conv(self.norms[0](h).mT).mT
-        q, k, v = (
-            self.qkv(self.norms[1](h)).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        )
+        qkv = self.qkv(self.norms[1](h)).unflatten(
+            2, (3, self.heads, -1)
+        )  # (B, L, 3, heads, C / heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)
         h = h + self.mix(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
         return h + self.mlp(self.norms[2](h))
 
@@ -691,7 +691,7 @@ def train(cfg, run, data, chain):
 
 def held_out_bits(cfg, net, data, chain):
     """The bound in bits per dimension of cfg.bound_examples spread over the held-out data, (N,)."""
-    chain = chain.skip(cfg.bound_steps or cfg.T).to(data.test.device)
+    chain = chain.skip(cfg.bound_steps or cfg.T)
     pick = torch.linspace(0, len(data.test) - 1, min(cfg.bound_examples, len(data.test))).long()
     times = min(cfg.bound_times or chain.T, chain.T)
     nats = [bound(net, chain, x, times, cfg.form) for x in data.test[pick].split(64)]
@@ -710,14 +710,12 @@ def evaluate(cfg, run, data, chain):
     """The bound of held-out data, and samples: their picture, and what can be said of text."""
     if cfg.bound_examples:
         bits = held_out_bits(cfg, run.ema, data, chain)
-        figures = {
-            "bits_per_dim": bits.mean().item(),
-            "standard_error": common.standard_error(bits),
-        }
+        error = common.standard_error(bits)
+        figures = {"bits_per_dim": bits.mean().item(), "standard_error": error}
         if cfg.dataset == "grammar":
             figures |= {"bits_per_sentence": cfg.length * bits.mean().item(), "entropy": ENTROPY}
         run.report("test", **figures, independent=independent_bits(data), examples=len(bits))
-    chain = chain.skip(cfg.infer_steps).to(run.device)
+    chain = chain.skip(cfg.infer_steps)
     shown = [round(chain.T * part) for part in (1, 0.85, 0.7, 0.55, 0.4, 0.25, 0.1, 0)]
     n = 64 if data.is_image or cfg.dataset == "grammar" else 24
     chains = reverse(run.ema, chain, chain.draw_prior(n, *data.shape), cfg.form)
@@ -770,7 +768,7 @@ def page(lines):
 
 def draw(cfg, run, data, chain, n):
     """n samples: images in [-1, 1], or tokens int64 (n, L)."""
-    chain = chain.skip(cfg.infer_steps).to(run.device)
+    chain = chain.skip(cfg.infer_steps)
     *_, (_, x_0) = reverse(run.ema, chain, chain.draw_prior(n, *data.shape), cfg.form)
     return data.decode(x_0) if data.is_image else x_0
 
@@ -836,9 +834,8 @@ def connections(cfg):
     pi = (0.10 * e_m + 0.05 / K) / 0.15
     chain, t = LowRank(pi, torch.tensor([1, 0.85])), torch.ones(B, dtype=torch.long)
     kl, log_p_0 = bound_term(net, chain, x_0, chain.sample(x_0, t), t, "posterior")
-    rows.append(
-        ("one step, 10 % masked, 5 % uniform = BERT", kl.sum().item(), nll(log_p_0).sum().item())
-    )
+    ours, theirs = kl.sum().item(), nll(log_p_0).sum().item()
+    rows.append(("one step, 10 % masked, 5 % uniform = BERT", ours, theirs))
     kept = torch.arange(L) < torch.arange(L, -1, -1)[:, None]  # at t, all but the last t
     chain, theirs = LowRank(e_m, kept.double()), 0.0
     for i in range(L):
@@ -846,9 +843,7 @@ def connections(cfg):
         theirs += nll(net(before, chain.times[L - i].expand(B)))[:, i].sum().item()
     ours = bound(net, chain, x_0, L).sum().item()
     rows.append(("masks from the right, one by one = autoregression", ours, theirs))
-    print(
-        f"{f'nats of {B} sequences':52}{'L_vb - L_T':>18}{'the other loss':>18}{'difference':>12}"
-    )
+    print(f"{'nats of 16 sequences':52}{'L_vb - L_T':>18}{'the other':>18}{'difference':>12}")
     for name, ours, theirs in rows:
         print(f"{name:52}{ours:18.10f}{theirs:18.10f}{abs(ours - theirs):12.1e}")
 

@@ -197,7 +197,7 @@ def test_the_papers_gaussian_betas():
     """K = 256: a pixel stays with probability 0.4425 at first, 0.0313 at last."""
     Q = d3pm.gaussian_kernel(256, torch.tensor([1e-4, 0.02]))
     assert_close(Q[:, 255], torch.tensor([0.4425, 0.0313]), rtol=0, atol=5e-5)
-    assert_close(d3pm.gaussian_betas(256, 1000)[[0, -1]], torch.tensor([1e-4, 0.02]))
+    assert_close(d3pm.gaussian_betas(256, 50)[[0, -1]], 20 * torch.tensor([1e-4, 0.02]))
     beta = d3pm.gaussian_betas(8, 100)
     variance = d3pm.gaussian_kernel(8, beta) @ torch.linspace(-1, 1, 15) ** 2
     expected = torch.linspace(1e-4, 0.02, 100) * 10 / 8  # of a continuous step, in ranges
@@ -562,20 +562,19 @@ def test_independent_bits():
     assert_close(d3pm.independent_bits(data), 0.5, rtol=0, atol=2e-3)  # one pixel is known
 
 
-@pytest.mark.parametrize("kind", ["text", "logistic"])
-def test_networks_compile_without_a_break(kind):
+def test_networks_compile_without_a_break_and_run_in_bfloat16():
     torch.set_default_dtype(torch.float32)
-    if kind == "text":
-        cfg, data = grammar(width=8, blocks=1)
-    else:
-        cfg, data = settings(head=kind, **IMAGE), image_data(4)
-    net, time = Denoiser(cfg, data), torch.rand(2)
+    cfg, data = grammar(width=8, blocks=1)
+    net, x_t, time = Denoiser(cfg, data), data.test[:2], torch.rand(2)
     compiled = torch.compile(net, fullgraph=True, backend="eager")
-    assert_close(compiled(data.test[:2], time), net(data.test[:2], time))
-    with torch.autocast("cpu", torch.bfloat16):
-        half = net(data.test[:2], time)
-    assert half.dtype == torch.float32
-    assert_close(half.exp(), net(data.test[:2], time).exp(), rtol=0, atol=0.05)  # 8 bits
+    assert_close(compiled(x_t, time), net(x_t, time))
+    images = image_data(4)
+    logistic = Denoiser(settings(head="logistic", **IMAGE), images)
+    for f, x in ((net, x_t), (logistic, images.test[:2])):
+        with torch.autocast("cpu", torch.bfloat16):
+            half = f(x, time)
+        assert half.dtype == torch.float32
+        assert_close(half.exp(), f(x, time).exp(), rtol=0, atol=0.05)  # of 8 bits
 
 
 @every_form
@@ -687,36 +686,46 @@ def test_text_files(call):
         assert Path(family, "samples.txt").read_text()
 
 
-def test_compare_prints_the_table(call, pictures):
-    code, out, err = call("d3pm", *TINY, "--compare")
-    assert code == 0, err
-    rows = [line.split() for line in out.splitlines() if "±" in line]
-    assert len(rows) == 7
-    assert rows[0][:4] == ["uniform", "categorical", "joint", "0"]
-    assert rows[2][:4] == ["uniform", "categorical", "posterior", "0.01"]
-    images = pictures(n=20, size=8)
-    flags = ["--dataset", images, "--image-size", "8", "--mult", "1", "--T", "20", "--compare"]
-    code, out, err = call("d3pm", *TINY, *flags, "--bound-times", "1")
-    assert code == 0, err
-    assert sum("±" in line for line in out.splitlines()) == 8
+def test_compare_prints_the_table(call, pictures, monkeypatch):
+    for rows in d3pm.ROWS.values():
+        for row in rows.split(", "):
+            family, *rest = row.split()
+            assert family in FAMILIES
+            assert set(rest) <= {"lam", "logistic", "posterior"}
+    few = {"text": "uniform posterior lam, absorbing", "images": "uniform, gaussian logistic lam"}
+    monkeypatch.setattr(d3pm, "ROWS", few)
+    flags = ["--dataset", pictures(n=20, size=8), "--image-size", "8", "--mult", "1", "--T", "20"]
+    tables = []
+    for more in ((), (*flags, "--bound-times", "1")):
+        code, out, err = call("d3pm", *TINY, "--compare", *more)
+        assert code == 0, err
+        tables += [line.split()[:4] for line in out.splitlines() if "±" in line]
+    assert tables == [
+        ["uniform", "categorical", "posterior", "0.01"],
+        ["absorbing", "categorical", "joint", "0"],
+        ["uniform", "categorical", "joint", "0"],
+        ["gaussian", "logistic", "joint", "0.01"],
+    ]
 
 
-def test_bad_input(refused, monkeypatch, pictures):
+def test_bad_input(refused, pictures):
+    Path("words.txt").write_text("words, words\n" * 99)
     Path("short.txt").write_text("too short")
     Path("binary.txt").write_bytes(b"\xff\xfe\x00\xd8" * 99)
-    images = ["--dataset", pictures(), "--image-size", "8"]
+    images = [*TINY, "--dataset", pictures(), "--image-size", "8"]
+    words = [*TINY, "--dataset", "words.txt", "--length", "9"]
     refused("too short for examples of 128", "d3pm", *TINY, "--dataset", "short.txt")
     refused("cannot read binary.txt as text", "d3pm", *TINY, "--dataset", "binary.txt")
     refused("unknown data set 'nonsense.txt'", "d3pm", *TINY, "--dataset", "nonsense.txt")
     refused("moons is not discrete", "d3pm", *TINY, "--dataset", "moons")
     refused("sentences take 54", "d3pm", *TINY, "--length", "53")
-    refused("logistic is for .* images", "d3pm", *TINY, "--head", "logistic")
-    refused("gaussian has a linear", "d3pm", *TINY, "--family", "gaussian", "--schedule", "cosine")
-    refused("over 99 symbols", "d3pm", *TINY, "--family", "neighbours", "--neighbours", "99")
-    refused("neighbours needs a text", "d3pm", *TINY, *images, "--family", "neighbours")
-    refused("still knows .* bits", "d3pm", *TINY, *images, "--family", "band", "--T", "5")
-    refused("tables of 9999 x 256", "d3pm", *TINY, *images, "--T", "9999", "--levels", "256")
-    refused("--levels", "d3pm", *TINY, *images, "--levels", "1")
+    refused("logistic is for .* images", "d3pm", *words, "--head", "logistic")
+    refused("gaussian has a linear", "d3pm", *words, "--family", "gaussian", "--schedule", "cosine")
+    refused("over 99 symbols", "d3pm", *words, "--family", "neighbours", "--neighbours", "99")
+    refused("neighbours needs a text", "d3pm", *images, "--family", "neighbours")
+    refused("still knows .* bits", "d3pm", *images, "--family", "band", "--T", "5")
+    refused("tables of 9999 x 256", "d3pm", *images, "--T", "9999", "--levels", "256")
+    refused("--levels: must be", "d3pm", *images, "--levels", "1")
     refused("--compare trains anew", "d3pm", "--compare", "--num-samples", "3")
 
 
