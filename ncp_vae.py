@@ -38,7 +38,7 @@ from common import Count, Natural, Positive, UserError
 @dataclass
 class Config(common.Config):
     dataset: str = "glyphs"  # a data set's name, or a folder of images
-    steps: Natural = 2_500  # optimisation steps of each stage
+    steps: Natural = 2_000  # optimisation steps of each stage
     lr: Positive = 2e-3  # peak learning rate of Adam
     batch_size: Count = 128  # images per step; as many draws of q(z) and of p(z)
     clip: Positive | None = None  # largest norm of the gradient
@@ -46,17 +46,17 @@ class Config(common.Config):
     groups: Count = 1  # K, groups of the hierarchical prior
     hidden: Count = 400  # units of encoder and decoder
     width: Count = 256  # units of the classifiers
-    proposals: Count = 1_000  # M of SIR
+    proposals: Count = 500  # M of SIR
     langevin_steps: Natural = 300  # of Langevin dynamics
     langevin_step: Positive = 0.01  # lambda, the size of a step
     sampler: Literal["sir", "langevin"] = "sir"  # of samples.npz
     temperature: Positive = 1.0  # scales the base prior's deviations, for pictures and samples.npz
     nll_examples: Count = 1_000  # random test images whose likelihood is bounded
-    nll_samples: Count = 100  # draws of z for each of them
-    judge_steps: Natural = 800  # of the classifier whose features compare images
+    nll_samples: Count = 50  # draws of z for each of them
+    judge_steps: Natural = 500  # of the classifier whose features compare images
 
 
-DIGITS = {"steps": 10_000, "latent": 10, "proposals": 5_000, "langevin_steps": 500}
+DIGITS = {"steps": 8_000, "latent": 10, "proposals": 5_000, "langevin_steps": 500}
 PRESETS = {"mnist": DIGITS, "fashion_mnist": DIGITS}
 
 
@@ -332,6 +332,9 @@ def train(cfg, device, data):
 # ---- Evaluation ---------------------------------------------------------------------------------
 
 
+SAMPLERS = {"prior": "base prior", "sir": "NCP by SIR", "langevin": "NCP by Langevin dynamics"}
+
+
 def draw(cfg, vae, log_r, n, method, temperature=1.0):
     """n latents (n, K d) by the base prior, "prior", or by the NCP: "sir" or "langevin"."""
     device = next(vae.parameters()).device
@@ -370,22 +373,22 @@ def compare_bounds(cfg, run, vae, log_r, test):
 
 def compare_samples(cfg, run, vae, log_r, judge, data, z_q):
     """Distances of samples to test images, in the judge's features and in pixels, and of their
-    latents to z_q (N, K d), the test images'. Returns the latents by the sampler's name."""
+    latents to z_q (N, K d), the test images'. Returns each sampler's latents and first figure."""
     test = grey(common.to_float(data.test[: len(z_q)]))
     train = binary(common.to_float(data.train[: len(z_q)]))
-    latents = {name: draw(cfg, vae, log_r, len(z_q), name) for name in ("prior", "sir", "langevin")}
-    features, goal = judge.features(test), "q(z) of training images"
-    for name, z in (latents | {goal: vae.encode(train)[0][0]}).items():
+    latents = {name: draw(cfg, vae, log_r, len(z_q), name) for name in SAMPLERS}
+    features, goal, frechet = (
+        judge.features(test),
+        {"q(z) of training images": vae.encode(train)[0][0]},
+        {},
+    )
+    for name, z in (latents | goal).items():
         x = vae.decoder(z).sigmoid()
-        figures = {
-            "frechet_of_features": frechet_distance(
-                judge.features(x.view(-1, *test.shape[1:])), features
-            ),
-            "energy_distance_of_pixels": common.energy_distance(x, test.flatten(1)),
-            "of_latents": common.energy_distance(z, z_q),
-        }
-        run.report(name, **figures)
-    return latents
+        frechet[name] = frechet_distance(judge.features(x.view(-1, *test.shape[1:])), features)
+        pixels, gap = common.energy_distance(x, test.flatten(1)), common.energy_distance(z, z_q)
+        figures = {"frechet_of_features": frechet[name], "energy_distance_of_pixels": pixels}
+        run.report(SAMPLERS.get(name, name), **figures, energy_distance_of_latents=gap)
+    return latents, frechet
 
 
 @torch.no_grad()
@@ -405,8 +408,8 @@ def evaluate(cfg, first, second, judge, data):
     run.report("classifiers", **figures)
     compare_bounds(cfg, run, vae, log_r, test)
     z_q = vae.encode(binary(common.to_float(data.test[:2_000])))[0][0]
-    latents = compare_samples(cfg, run, vae, log_r, judge.ema.eval(), data, z_q)
-    picture(cfg, run, vae, log_r, data, latents)
+    samples = compare_samples(cfg, run, vae, log_r, judge.ema, data, z_q)
+    picture(cfg, run, vae, log_r, data, *samples)
     if cfg.num_samples:
 
         def images(n):
@@ -417,30 +420,30 @@ def evaluate(cfg, first, second, judge, data):
     run.say(f"see {run.folder / 'samples.png'}")
 
 
-def picture(cfg, run, vae, log_r, data, latents):
+def picture(cfg, run, vae, log_r, data, latents, frechet):
     """Above, the densities of q(z), p(z) and p_NCP(z), two latents; below, samples."""
     size, bound, cells = 466, 3.5, 233
-    z_q = vae.encode(binary(common.to_float(data.test[:10_000])), 5)[0].flatten(0, 1)
+    z_q = vae.encode(binary(common.to_float(data.test[:10_000])), 20)[0].flatten(0, 1)
     above = [("aggregate posterior q(z)", common.density_image(z_q[:, :2], bound, 116, size))]
     if vae.groups == 1 and vae.latent == 2:
         axis = torch.linspace(-bound, bound, cells, device=run.device)
         z = torch.cartesian_prod(axis, axis)
         log_p = vae.prior(z[:, :0]).log_prob(z)
-        for name, value in (("base prior p(z)", log_p), ("r(z) p(z) / Z", log_p + log_r(z))):
+        for name, value in (("base prior p(z)", log_p), ("NCP r(z) p(z) / Z", log_p + log_r(z))):
             heat = value.exp().view(cells, cells).cpu()
             above.append((name, common.heat_image(heat, size)))
     else:
         for name in ("prior", "sir"):
-            points = latents[name][:, :2]
-            above.append((f"draws, {name}", common.density_image(points, bound, 58, size)))
+            density = common.density_image(latents[name][:, :2], bound, 58, size)
+            above.append((f"{SAMPLERS[name]}, two of the latents", density))
     below = []
-    for name in ("prior", "sir", "langevin"):
+    for name, title in SAMPLERS.items():
         z = draw(cfg, vae, log_r, 64, name, cfg.temperature)
         x = common.to_uint8(decode(vae, data.shape, z).cpu())
         grid = torchvision.utils.make_grid(x, padding=1, pad_value=64)
         scale = max(1, size // grid.shape[2])
         grid = grid.repeat_interleave(scale, 1).repeat_interleave(scale, 2)
-        below.append((f"samples, {name}", grid))
+        below.append((f"{title}: Frechet distance {frechet[name]:.1f}", grid))
     common.save_panels(run.folder / "samples.png", above, below)
 
 
