@@ -510,6 +510,7 @@ class Events:
 
 
 # ---- Experiments --------------------------------------------------------------------------------
+# Each one trains and returns (run, evaluate, draw): what evaluates it, and what draws n samples.
 
 
 def solver(cfg):
@@ -528,12 +529,12 @@ def cnf(cfg, device):
     for _ in () if cfg.sample else run.steps():
         z = torch.randn(n, 2, device=device) if energy else data.batch(n)[0]
         run.step(run.model(z, energy).mean())  # Sec. 4.1
-    if run.finish():
-        evaluate_cnf(cfg, run, data, energy)
+    evaluate = functools.partial(evaluate_cnf, run, data, energy)
+    return run, evaluate, lambda n: run.ema.sample(torch.randn(n, 2, device=device))[0]
 
 
 @torch.no_grad()
-def evaluate_cnf(cfg, run, data, energy):
+def evaluate_cnf(run, data, energy):
     """Likelihood or divergence in nats, and Fig. 5: densities and samples over time."""
     flow, bound = run.ema, 4.0 if energy else 3.0
     flow.trace, flow.solve = "exact", functools.partial(ode_solve, rtol=1e-5, atol=1e-5)
@@ -568,9 +569,6 @@ def evaluate_cnf(cfg, run, data, energy):
         upper.append((f"density, t = {t:.2f}", density))
         lower.append((f"samples, t = {t:.2f}", common.density_image(frame, bound)))
     common.save_panels(run.folder / "samples.png", upper, lower)
-    if cfg.num_samples:
-        run.write_samples(lambda n: flow.sample(torch.randn(n, 2, device=run.device))[0])
-    run.say(f"see {run.folder / 'samples.png'}")
 
 
 def classify(cfg, device):
@@ -586,8 +584,7 @@ def classify(cfg, device):
         for x, y in () if cfg.sample else run.batches(data):
             run.step(F.cross_entropy(run.model(x), y))
         runs.append(run)
-    if run.finish():
-        evaluate_classify(runs, data)
+    return run, functools.partial(evaluate_classify, runs, data), None
 
 
 def evaluate_classify(runs, data):
@@ -620,7 +617,6 @@ def evaluate_classify(runs, data):
         image = F.interpolate(data.test[i : i + 1].cpu(), size=(160, 160))[0].expand(3, -1, -1)
         panels.append((f"{data.test_labels[i].item()} read as {guesses[i].item()}", image))
     common.save_panels(run.folder / "samples.png", panels)
-    run.say(f"see {run.folder / 'samples.png'}")
 
 
 def one_pass(net, x, y):
@@ -641,14 +637,13 @@ def latent(cfg, device):
         run = runs[n, name] = common.Run(cfg, net, device, f"{name}-{n}" if runs else "")
         for x, index in () if cfg.sample else run.batches(Spirals(1_000, n, 0, device)):
             run.step(-run.model(x, index).mean() / n)  # App. E
-    if run.finish():
-        evaluate_latent(cfg, runs, device)
+    first = runs[cfg.observations[0], "latent"]
+    return run, functools.partial(evaluate_latent, cfg, runs, device), first.ema.draw
 
 
 @torch.no_grad()
 def evaluate_latent(cfg, runs, device):
     """Table 2: RMSE against the clean curve at the 100 times after the window; Fig. 8."""
-    first = next(iter(runs.values()))
     lines, panels = {"rnn": "RNN       ", "latent": "latent ODE"}, {"rnn": [], "latent": []}
     for (n, name), run in runs.items():
         test = Spirals(1_000, n, 1, device)
@@ -661,12 +656,9 @@ def evaluate_latent(cfg, runs, device):
         if n == cfg.observations[0]:
             title = f"{lines[name][:10].strip()}, {n} observations"
             panels[name] = [(title, spiral_image(test, curve, i)) for i in range(5)]
-    first.say("predictive" + "".join(f"{n:6d}/100" for n in cfg.observations) + "  RMSE (Table 2)")
-    first.say("\n".join(lines.values()))
-    common.save_panels(first.folder / "samples.png", *panels.values())
-    if cfg.num_samples:
-        first.write_samples(first.ema.draw)
-    first.say(f"see {first.folder / 'samples.png'}")
+    run.say("predictive" + "".join(f"{n:6d}/100" for n in cfg.observations) + "  RMSE (Table 2)")
+    run.say("\n".join(lines.values()))
+    common.save_panels(run.folder / "samples.png", *panels.values())
 
 
 def spiral_image(test, curve, i):
@@ -686,8 +678,7 @@ def poisson(cfg, device):
     run = common.Run(cfg, EventProcess(solve=solver(cfg)), device)
     for events, count in () if cfg.sample else run.batches(Events(500, 0, device)):
         run.step(-run.model(events, count) / count)
-    if run.finish():
-        evaluate_poisson(run, Events(1_000, 1, device))
+    return run, functools.partial(evaluate_poisson, run, Events(1_000, 1, device)), None
 
 
 @torch.no_grad()
@@ -699,15 +690,15 @@ def evaluate_poisson(run, test):
     best = true_rate(events).log().sum().item() / count - torch.trapezoid(truth, times).item()
     log_p = net(events, count).item() / count
     run.report("test", log_likelihood=log_p, of_the_true_rate=best, gap=best - log_p)
-    rates = {"true": (truth, "#c3c7d2", 5), "learned": (net.rate(z[:, 0]), "#3b6fd4", 2)}
-    shapes = [("line", torch.stack([times, y], 1), *look) for y, *look in rates.values()]
-    for row, sequence in enumerate(test.sequences[:5]):
-        at = torch.full_like(sequence, -0.4 * (row + 1))
-        shapes.append(("dots", torch.stack([sequence, at], 1), "#15171f", 2))
-    legend = [*((name, colour) for name, (_, colour, _) in rates.items()), ("events", "#15171f")]
-    plot = common.chart(shapes, (0, END, -2.4, 7), (640, 300), ("t", "rate of events"), legend)
+    colours = {"true": "#c3c7d2", "learned": "#3b6fd4", "events": "#15171f"}
+    curves = [torch.stack([times, y], dim=1) for y in (truth, net.rate(z[:, 0]))]
+    shapes = [("line", curves[0], colours["true"], 5), ("line", curves[1], colours["learned"], 2)]
+    for row, t in enumerate(test.sequences[:5]):
+        points = torch.stack([t, torch.full_like(t, -0.4 * (row + 1))], dim=1)
+        shapes.append(("dots", points, colours["events"], 2))
+    labels, box = ("t", "rate of events"), (0, END, -2.4, 7)
+    plot = common.chart(shapes, box, (640, 300), labels, colours.items())
     common.save_panels(run.folder / "samples.png", [("", plot)])
-    run.say(f"see {run.folder / 'samples.png'}")
 
 
 def main(cfg):
@@ -719,7 +710,14 @@ def main(cfg):
     if not all(2 <= n <= 100 for n in cfg.observations):
         raise UserError("--observations: whole numbers from 2 to 100")
     experiments = {"cnf": cnf, "classify": classify, "latent": latent, "poisson": poisson}
-    experiments[cfg.experiment](cfg, common.setup(cfg))
+    run, evaluate, draw = experiments[cfg.experiment](cfg, common.setup(cfg))
+    if not run.finish():
+        return
+    evaluate()
+    if cfg.num_samples:
+        with torch.no_grad():
+            run.write_samples(draw)
+    run.say(f"see {run.folder / 'samples.png'}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 """Chen et al. 2018: the adjoint against closed forms, and what is built upon it."""
 
-import copy
 import functools
 import math
 from pathlib import Path
@@ -117,9 +116,10 @@ def test_gradcheck():
     z = tuple(x[:1].detach().requires_grad_() for x in z)
 
     def solve(x, y, t, *theta):
-        return odeint_adjoint(f, (x, y), t, theta, method="rk4", steps=8)[0]
+        return odeint_adjoint(f, (x, y), t, theta, method="rk4", steps=6)[0]
 
-    assert torch.autograd.gradcheck(solve, (*z, t, *f.parameters()), atol=1e-6, rtol=1e-5)
+    theta = (f.a.bias, f.b.weight)
+    assert torch.autograd.gradcheck(solve, (*z, t, *theta), atol=1e-6, rtol=1e-5)
 
 
 def saved_bytes(solve, steps):
@@ -239,11 +239,9 @@ def test_planar_field_and_trace_are_their_sum_over_units():
     assert (v - field(z, t + 0.5)).abs().max() > 1e-3  # the weights move with time
 
 
-@pytest.mark.parametrize(
-    "field", [no.PlanarField(2, 8), no.FreeField(2, 8)], ids=["planar", "free"]
-)
-def test_density_integrates_to_one_and_runs_both_ways(field):
-    field = copy.deepcopy(field).double()
+@pytest.mark.parametrize("kind", [no.PlanarField, no.FreeField])
+def test_density_integrates_to_one_and_runs_both_ways(kind):
+    field = kind(2, 8)
     with torch.no_grad():
         for p in field.parameters():
             p.mul_(2)  # far from the identity
@@ -366,13 +364,13 @@ def test_classifier_gradients_by_the_adjoint():
 
 def test_a_short_training_tells_digits_apart():
     torch.set_default_dtype(torch.float32)
-    x, y = common.glyphs(700, seed=0)
-    x = F.avg_pool2d(common.to_float(x), 2)  # 14 x 14
+    x, y = common.glyphs(1_000, seed=0)
+    x = F.avg_pool2d(common.to_float(x), 3)  # 9 x 9
     solve = functools.partial(no.ode_solve, rtol=0.1, atol=0.1)
-    net = no.Classifier((1, 14, 14), 10, 8, solve=solve)
+    net = no.Classifier((1, 9, 9), 10, 8, solve=solve)
     optimizer = torch.optim.Adam(net.parameters(), lr=2e-2)
-    for step in range(60):
-        rows = torch.arange(64) + 9 * step
+    for step in range(50):
+        rows = torch.arange(64) + 16 * step
         optimizer.zero_grad()
         F.cross_entropy(net(x[rows]), y[rows]).backward()
         optimizer.step()
@@ -567,17 +565,16 @@ def single():
 SMALL = ["--steps", "2", "--batch-size", "4", "--tol", "0.1", "--channels", "4"]
 
 
-@pytest.mark.parametrize("gradient", ["adjoint", "backprop"])
-def test_classify_trains_resumes_and_evaluates_a_folder(single, call, pictures, gradient):
+def test_classify_trains_resumes_and_evaluates_a_folder(single, call, pictures):
     arguments = ["--experiment", "classify", "--dataset", pictures(n=30), *SMALL]
-    code, out, err = call("neural_ode", *arguments, "--gradient", gradient, "--out", "run")
+    code, out, err = call("neural_ode", *arguments, "--out", "run")
     assert code == 0, err
     assert "network ODE-Net" in out
     assert "network ResNet" in out
-    assert {"checkpoint.pt", "checkpoint-resnet.pt", "samples.png"} <= {
-        path.name for path in Path("run").iterdir()
-    }
-    assert call("neural_ode", "--resume", "--out", "run", "--steps", "3")[0] == 0
+    files = {"checkpoint.pt", "checkpoint-resnet.pt", "samples.png"}
+    assert files <= {path.name for path in Path("run").iterdir()}
+    resumed = ["--resume", "--out", "run", "--steps", "3", "--gradient", "backprop"]
+    assert call("neural_ode", *resumed)[0] == 0
     assert torch.load("run/checkpoint-resnet.pt", weights_only=True)["step"] == 3
     assert call("neural_ode", "--sample", "run/checkpoint.pt")[0] == 0
 
