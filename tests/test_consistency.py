@@ -120,8 +120,9 @@ def test_heun_with_18_points_is_biased_on_a_gaussian():
     assert_close(ratio, torch.full_like(ratio, 1.0553), rtol=0, atol=5e-5)
 
 
-def test_grid_ends_are_exact_in_single_precision():
+def test_grid_ends_are_exact():
     for N in (2, 18, 1281):
+        assert cm.karras_grid(N)[[0, -1]].tolist() == [EPS, T]  # in double precision as well
         grid = cm.karras_grid(N).float()
         assert grid[0] == torch.tensor(EPS, dtype=torch.float32)
         assert grid[-1] == T
@@ -193,8 +194,13 @@ def test_consistency_training_on_a_point_mass():
     gap = theta - target + EPS / t_next * (xi - theta) - EPS / t * (xi - target)
     assert_close(loss, (weight * gap**2).mean(), rtol=1e-9, atol=0)
     (gradient,) = torch.autograd.grad(loss, theta)
-    expected = (weight * 2 * gap * (1 - EPS / t_next)).mean()  # none through the target
+    expected = (weight * 2 * gap * (1 - EPS / t_next)).mean()
     assert_close(gradient, expected, rtol=1e-9, atol=0)
+    loss = cm.ct_loss(f(theta), f(theta), x, torch.randn(3, 1), t, t_next)
+    (gradient,) = torch.autograd.grad(loss, theta)
+    gap = EPS * (1 / t_next - 1 / t) * (xi - theta)
+    expected = (2 * gap * (1 - EPS / t_next)).mean()  # stopgrad: none through the target
+    assert_close(gradient, expected, rtol=1e-6, atol=0)
     exact = cm.ct_loss(f(xi), f(xi), x, torch.randn(3, 1), t, t_next)
     assert exact.item() == pytest.approx(0, abs=1e-20)
 
@@ -273,7 +279,7 @@ def test_perceptual_metric_scales_its_images():
         return (x - y).square().mean((1, 2, 3), keepdim=True)
 
     x = torch.full((2, 3, 8, 8), 0.5)
-    assert_close(cm.perceptual(network)(x, 0 * x), torch.tensor([0.25, 0.25]))
+    assert_close(cm.perceptual(x, 0 * x, network), torch.tensor([0.25, 0.25]))
     assert seen == [(2, 3, 224, 224)]
 
 
@@ -427,7 +433,7 @@ def test_losses_and_samplers_keep_to_their_device(single):
     assert len(cm.greedy_times(f, x, lambda x: float(x.is_meta), 2, rounds=2)) == 2
     images = torch.empty(2, 3, 8, 8, device="meta")
     assert cm.slerp(images, images, t[:2]).is_meta
-    assert cm.perceptual(lambda x, y: (x - y).mean((1, 2, 3)))(images, images).is_meta
+    assert cm.perceptual(images, images, lambda x, y: (x - y).mean((1, 2, 3))).is_meta
     for mask, A, A_inverse in (cm.colourisation(images), cm.super_resolution(images, 4)):
         assert cm.edit(some_f, images, [T, EPS], mask, A, A_inverse).is_meta
     assert cm.grey(images).is_meta
@@ -465,7 +471,7 @@ def test_patches_are_put_together_again(tmp_path, pictures, single):
 def test_target_follows_the_online_network_and_the_teacher_stays(tmp_path, monkeypatch, single):
     """Eq. 8 after every step, with mu(k) of consistency training; the teacher starts all three."""
     cfg = cm.Config(out=str(tmp_path), device="cpu", steps=3, teacher_steps=1, width=8, mu=0.7)
-    cfg = dataclasses.replace(cfg, batch_size=16, N=5)
+    cfg = dataclasses.replace(cfg, batch_size=16, N=5, lr=0.1, warmup=0, decay="constant")
     device = common.setup(cfg)
     data = common.load_data(cfg, device)
     run = cm.prepare(cfg, device, data)
@@ -500,6 +506,7 @@ def test_energy_distance_and_its_error(single):
     value, error = cm.distance(x, y)
     assert abs(value) < 5 * error
     assert cm.distance(x, y, blocks=1) == (pytest.approx(common.energy_distance(x, y)), None)
+    assert cm.distance(x[:3], y[:4])[1] is None  # one block, where two would hold one point each
     shifted, error = cm.distance(x + torch.tensor([1.0, 0.0]), y)
     assert shifted == pytest.approx(
         common.energy_distance(x + torch.tensor([1.0, 0.0]), y), abs=5 * error
@@ -546,7 +553,7 @@ BAD_FLAGS = [
     ("--examples 1", "takes two of each"),
     ("--nfe 0", "at least 1"),
     ("--sigma-data 0", "a number above 0"),
-    ("--patch 2", "--patch is for images"),
+    ("--patch 2", "--patch 2 does not divide"),
     ("--compare --num-samples 3", "--compare trains anew"),
 ]
 
@@ -558,6 +565,6 @@ def test_bad_flags(refused, arguments, pattern, single):
 
 def test_bad_pictures(refused, pictures, single):
     flags = [*IMAGES, "--dataset", pictures(), "--image-size", "9"]
-    refused("--patch 2 does not divide the images' side 9", "consistency", *flags)
+    refused(r"--patch 2 does not divide .* \(3, 9, 9\)", "consistency", *flags)
     flags = [*TINY, "--dataset", pictures("few", n=2)]
     refused("few holds out 1: an energy distance takes two", "consistency", *flags)
