@@ -14,7 +14,7 @@ from torch.testing import assert_close
 
 import common
 import d3pm
-from d3pm import Denoiser, Exponential, LowRank, Table, Transformer
+from d3pm import Denoiser, Exponential, LowRank, Table
 
 # Small enough for a test, whole enough to pass through every part.
 TINY = ["--steps", "2", "--batch-size", "4", "--width", "8", "--blocks", "1", "--T", "3"]
@@ -306,7 +306,7 @@ def settings(**changes):
 
 def grammar(**changes):
     cfg = settings(**d3pm.PRESETS["grammar"] | changes)
-    return cfg, d3pm.load_data(cfg, "cpu")
+    return cfg, d3pm.Text(cfg, d3pm.sentences(300, 54, 0), d3pm.sentences(99, 54, 1), "cpu", 54)
 
 
 @every_family
@@ -585,15 +585,24 @@ def test_losses_and_samplers_keep_to_their_device(family, form):
         torch.empty(2, 5, dtype=torch.long, device="meta"),
         d3pm.stratified(2, 3, device="meta"),
     )
-    transformer = Transformer(4, 4, 5, 8, 1).to("meta")
 
     def net(x_t, time):
-        return transformer(x_t, time).log_softmax(-1)
+        return (time[:, None, None] + F.one_hot(x_t, 4)).log_softmax(-1)
 
     assert d3pm.hybrid_loss(net, chain, x_0, t, 0.1, form).is_meta
     assert d3pm.bound(net, chain, x_0, 2, form).is_meta
     *_, (_, x) = d3pm.reverse(net, chain, chain.draw_prior(2, 5), form)
     assert x.is_meta
+
+
+def test_networks_keep_to_their_device():
+    cfg, data = grammar(width=8, blocks=1)
+    images = image_data(4)
+    logistic = Denoiser(settings(head="logistic", **IMAGE), images)
+    for net, x_t in ((Denoiser(cfg, data), data.test), (logistic, images.test)):
+        time = torch.empty(2, device="meta")
+        assert net.to("meta")(x_t[:2].to("meta"), time).is_meta
+        assert d3pm.stratified(4, 9, 2, device="meta").is_meta
 
 
 @every_form
@@ -646,14 +655,14 @@ def test_a_short_training_learns_a_text(tmp_path, monkeypatch):
     Path(tmp_path, "text.txt").write_text("the cat sat on the mat and the dog " * 60)
     cfg = settings(dataset=str(tmp_path / "text.txt"), out=str(tmp_path / "run"), length=16)
     cfg = dataclasses.replace(
-        cfg, width=32, blocks=1, T=20, steps=100, batch_size=32, lr=0.01, bound_examples=12
+        cfg, width=32, blocks=1, T=20, steps=80, batch_size=32, lr=0.01, bound_examples=12
     )
     run, data, chain = d3pm.prepare(cfg)
     before = d3pm.held_out_bits(cfg, run.ema, data, chain).mean()
     d3pm.train(cfg, run, data, chain)
     after = d3pm.held_out_bits(cfg, run.ema, data, chain).mean()
     assert_close(before.item(), math.log2(data.symbols), rtol=0, atol=0.6)  # 12 random bounds
-    assert after < 1.5  # letters alone take 3.4 bits
+    assert after < 2.0  # letters alone take 3.4 bits
 
 
 # ---- The command line ---------------------------------------------------------------------------
@@ -678,7 +687,7 @@ def test_images_of_every_family(call, pictures):
 
 def test_text_files(call):
     Path("text.txt").write_text("Words, and more words: naïve ones.\n" * 40)
-    for family in ("uniform", "neighbours", "mixed"):
+    for family in ("neighbours", "mixed"):
         flags = ["--dataset", "text.txt", "--length", "30", "--family", family]
         code, out, err = call("d3pm", *TINY, *flags, "--out", family, "--form", "posterior")
         assert code == 0, err
@@ -692,18 +701,18 @@ def test_compare_prints_the_table(call, pictures, monkeypatch):
             family, *rest = row.split()
             assert family in FAMILIES
             assert set(rest) <= {"lam", "logistic", "posterior"}
-    few = {"text": "uniform posterior lam, absorbing", "images": "uniform, gaussian logistic lam"}
+    few = {"text": "uniform posterior lam, absorbing", "images": "gaussian logistic lam"}
     monkeypatch.setattr(d3pm, "ROWS", few)
-    flags = ["--dataset", pictures(n=20, size=8), "--image-size", "8", "--mult", "1", "--T", "20"]
+    Path("words.txt").write_text("words, words\n" * 99)
+    images = [pictures(n=20, size=8), "--image-size", "8", "--mult", "1", "--T", "20"]
     tables = []
-    for more in ((), (*flags, "--bound-times", "1")):
-        code, out, err = call("d3pm", *TINY, "--compare", *more)
+    for data in (["words.txt", "--length", "9"], [*images, "--bound-times", "1"]):
+        code, out, err = call("d3pm", *TINY, "--compare", "--dataset", *data)
         assert code == 0, err
         tables += [line.split()[:4] for line in out.splitlines() if "±" in line]
     assert tables == [
         ["uniform", "categorical", "posterior", "0.01"],
         ["absorbing", "categorical", "joint", "0"],
-        ["uniform", "categorical", "joint", "0"],
         ["gaussian", "logistic", "joint", "0.01"],
     ]
 
@@ -716,31 +725,42 @@ def test_bad_input(refused, pictures):
     words = [*TINY, "--dataset", "words.txt", "--length", "9"]
     refused("too short for examples of 128", "d3pm", *TINY, "--dataset", "short.txt")
     refused("cannot read binary.txt as text", "d3pm", *TINY, "--dataset", "binary.txt")
-    refused("unknown data set 'nonsense.txt'", "d3pm", *TINY, "--dataset", "nonsense.txt")
     refused("moons is not discrete", "d3pm", *TINY, "--dataset", "moons")
     refused("sentences take 54", "d3pm", *TINY, "--length", "53")
     refused("logistic is for .* images", "d3pm", *words, "--head", "logistic")
-    refused("gaussian has a linear", "d3pm", *words, "--family", "gaussian", "--schedule", "cosine")
-    refused("over 99 symbols", "d3pm", *words, "--family", "neighbours", "--neighbours", "99")
-    refused("neighbours needs a text", "d3pm", *images, "--family", "neighbours")
-    refused("still knows .* bits", "d3pm", *images, "--family", "band", "--T", "5")
     refused("tables of 9999 x 256", "d3pm", *images, "--T", "9999", "--levels", "256")
     refused("--levels: must be", "d3pm", *images, "--levels", "1")
     refused("--compare trains anew", "d3pm", "--compare", "--num-samples", "3")
 
 
-def test_text8_missing_or_damaged(refused, monkeypatch):
+def test_chains_that_cannot_be():
+    cfg, text = grammar()
+    images = image_data(4)
+    cases = [
+        ("gaussian has a linear", text, {"family": "gaussian", "schedule": "cosine"}),
+        ("over 99 symbols", text, {"family": "neighbours", "neighbours": 99}),
+        ("needs a text", images, {"family": "neighbours"}),
+        ("still knows .* bits", images, {"family": "band", "T": 5}),
+    ]
+    for pattern, data, changes in cases:
+        with pytest.raises(common.UserError, match=pattern):
+            d3pm.make_chain(dataclasses.replace(cfg, **changes), data)
+
+
+def test_text8_missing_or_damaged(tmp_path, monkeypatch):
     def no_network(*_):
         raise OSError("network is unreachable")
 
+    def refused(pattern):
+        with pytest.raises(common.UserError, match=pattern):
+            d3pm.text8(tmp_path / "data")
+
     monkeypatch.setattr("urllib.request.urlretrieve", no_network)
-    flags = ["--dataset", "text8", "--data-dir", "data", "--steps", "2"]
-    refused("text8 is not to be had.*unreachable.*grammar", "d3pm", *flags)
-    Path("data/text8.zip").write_bytes(b"not a zip")
-    refused("text8 is not to be had as data/text8.zip", "d3pm", *flags)
-    with zipfile.ZipFile("data/text8.zip", "w") as archive:
-        archive.writestr("other", "words")
-    refused("text8 is not to be had", "d3pm", *flags)
-    with zipfile.ZipFile("data/text8.zip", "w") as archive:
-        archive.writestr("text8", "words " * 99)
-    refused("it has 594 characters", "d3pm", *flags)
+    refused("text8 is not to be had.*unreachable.*grammar")
+    path = tmp_path / "data" / "text8.zip"
+    path.write_bytes(b"not a zip")
+    refused("text8 is not to be had as .*text8.zip")
+    for name, pattern in (("other", "no item named 'text8'"), ("text8", "it has 594 characters")):
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr(name, "words " * 99)
+        refused(pattern)
