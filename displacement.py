@@ -25,7 +25,6 @@ from typing import Annotated, Literal
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
 from torch import nn
 
 import common
@@ -407,7 +406,9 @@ def train(run):
         run.step(gas_energy(Q, both_gases).sum())  # to the [ground state]
 
 
-# ---- Evaluation: every part reports its figures and returns panels (title, image, caption) -------
+# ---- Evaluation: each part reports its figures and returns a row of titled pictures --------------
+
+TEAL, RED, GREY = "#007a87", "#d6463c", "#c8ccd4"
 
 
 def grid(low, high, n):
@@ -419,8 +420,25 @@ def curve(x, y):
     return torch.stack([x, y], dim=1)
 
 
+def around(*curves):
+    """A box around curves, with a margin."""
+    low, high = torch.cat(curves).aminmax(dim=0)
+    (left, bottom), (right, top) = low - 0.06 * (high - low), high + 0.06 * (high - low)
+    return left, right, bottom, top
+
+
+def hue(h, alpha=255):
+    """A colour of the wheel; h has period 1."""
+    return (*(int(140 + 110 * math.cos(2 * math.pi * (h - k / 3))) for k in range(3)), alpha)
+
+
+def hue_at(t, alpha=255):
+    """Time as a colour: blue at t = 0, orange at t = 1."""
+    return hue(0.67 + 0.4 * float(t), alpha)
+
+
 def evaluate_line(run):
-    """Two densities in 1-D: interpolation beside mixture, and the convexity of the energies."""
+    """Two densities in 1-D: interpolation beside mixture, and the energies along both."""
     edges, times = grid(-6.5, 6.5, 321), grid(0, 1, 41)
     cells = torch.stack([edges[:-1], edges[1:]], dim=1)
     x = cells.mean(1)
@@ -431,47 +449,41 @@ def evaluate_line(run):
 
     def energies(mass, ends):
         width, law = ends[:, 1] - ends[:, 0], quadrature(mass, ends)
-        norm = norm_power(internal(mass, width, torch.square), q=2, d=1)
-        U = internal(mass, width, power_law(1))
-        return torch.stack([U, external(*law, quadratic), interaction(*law, quadratic), norm])
+        U, norm = (internal(mass, width, A) for A in (power_law(1), torch.square))
+        F, G = external(*law, quadratic), interaction(*law, quadratic)
+        return torch.stack([U, F, G, norm_power(norm, q=2, d=1)])
 
     p_0 = bumps((0.6, -4.2, 0.5), (0.4, -2.9, 0.35))
     p_1 = bumps((0.3, 1.2, 0.4), (0.3, 3.1, 0.35), (0.4, 4.7, 0.3))
     mass, ends_0, ends_1 = monotone_rearrangement(edges, p_0, edges, p_1)
     run.report("line", W2=line_wasserstein_squared(mass, ends_0, ends_1).sqrt().item())
-    ridges, curves = ([], []), ([], [])  # of the displacement, of the mixture
-    for k, t in enumerate(times):
-        ends_t, p_t = interpolate(ends_0, ends_1, t), interpolate(p_0, p_1, t)
-        curves[0].append(energies(mass, ends_t))
-        curves[1].append(energies(p_t, cells))
-        if k % 5 == 0:  # drawn from the back to the front
-            for shapes, p in zip(ridges, (histogram(mass, ends_t, edges), p_t), strict=True):
-                ridge, colour = curve(x, p / edges.diff() - 0.08 * k), colour_at(t)
-                shapes += [("fill", ridge, (*colour, 80), 0), ("line", ridge, colour, 2)]
-    box, names = (-6.5, 6.5, -3.4, 0.8), ("displacement interpolation (teal)", "mixture (red)")
-    panels = [
-        (name, chart((300, 280), box, shapes), "t = 0 at the top, t = 1 below")
-        for name, shapes in zip(names, ridges, strict=True)
-    ]
-    curves = torch.stack([torch.stack(path, dim=1) for path in curves], dim=1)  # (4, 2, T)
-    names = "internal energy U", "external energy F", "interaction energy G", "norm ||rho||^-2"
-    for name, paths in zip(names, curves, strict=True):
-        bend = second_derivative(paths, times)
-        concave = name.startswith("norm")
-        worst = (bend.amax(1) if concave else bend.amin(1)).tolist()
-        sign = "<=" if concave else ">="
-        run.report(f"{name}, d2/dt2 {sign}", displacement=worst[0], mixture=worst[1])
-        chord = interpolate(paths[0, 0], paths[0, -1], times)
-        lines = zip((chord, *paths), (GREY, TEAL, RED), strict=True)
-        shapes = [("line", curve(times, y), colour, 4) for y, colour in lines]
-        teal, red = (round(w, 6) + 0.0 for w in worst)
-        caption = f"d2/dt2 {sign} {teal:.2g} teal, {red:.2g} red"
-        panels.append((name, chart((202, 280), None, shapes), caption))
-    return panels
+    displacement = [(mass, interpolate(ends_0, ends_1, t)) for t in times]
+    mixture = [(interpolate(p_0, p_1, t), cells) for t in times]
+    row = []
+    for name, path in ("displacement (teal)", displacement), ("mixture (red)", mixture):
+        shapes = []
+        for k in range(0, 41, 5):  # from the back, t = 0, to the front, t = 1
+            ridge = curve(x, histogram(*path[k], edges) / edges.diff() - 0.08 * k)
+            shapes.append(("fill", ridge, hue_at(times[k], 80), 0))
+            shapes.append(("line", ridge, hue_at(times[k]), 0.7))
+        row.append((name, common.chart(shapes, (-6.5, 6.5, -3.4, 0.8), (300, 280))))
+    paths = displacement, mixture
+    curves = [torch.stack([energies(*law) for law in path], dim=1) for path in paths]
+    for name, *paths in zip(("U", "F", "G", "||rho||^-2"), *curves, strict=True):
+        sign = -1 if name.startswith("||") else 1  # the norm's power is to be concave
+        least = [(sign * second_derivative(path, times)).min().item() for path in paths]
+        said = f"{'-' if sign < 0 else ''}d2/dt2"
+        run.report(f"{name}, least {said}", displacement=least[0], mixture=least[1])
+        lines = [curve(times, path) for path in paths]
+        shapes = [("line", torch.stack([lines[0][0], lines[0][-1]]), GREY, 1.3)]  # the chord
+        shapes += [("line", line, c, 1.5) for line, c in zip(lines, (TEAL, RED), strict=True)]
+        image = common.chart(shapes, around(*lines), (160, 222), ("t", name))
+        row.append((f"{said} >= {least[0] + 1e-9:.1f}, {least[1] + 1e-9:.1f}", image))
+    return row
 
 
 def evaluate_clouds(cfg, run, source, data):
-    """Two point clouds: exact transport with its certificate, beside the mixture."""
+    """Two point clouds: exact transport with its certificate, and below it the mixture."""
     n = cfg.batch_size
     x_0, x_1 = (side.batch(n)[0].cpu().double() for side in (source, data))
     mass = torch.full((n,), 1 / n, dtype=torch.float64)
@@ -481,28 +493,22 @@ def evaluate_clouds(cfg, run, source, data):
     figures = {"W2": squared**0.5, "unpaired": unpaired, "duality_gap": squared - dual}
     run.report("clouds", points=n, **figures)
 
-    colours = [hue_colour(a / (2 * math.pi)) for a in torch.atan2(*x_0.T.flip(0)).tolist()]
+    colours = [hue(a / (2 * math.pi)) for a in torch.atan2(*x_0.T.flip(0)).tolist()]
     bound = 1.1 * torch.cat([x_0, x_1]).abs().max().item()
-    box, corner = (-bound, bound, -bound, 1.2 * bound), torch.tensor([[-0.96, 1.15]]) * bound
-    images = ([], [])
+    rows = [], []
     for t in grid(0, 1, 5).tolist():
-        moved = interpolate(x_0, x_1, t)
+        displaced = interpolate(x_0, x_1, t)
         mixed = torch.where(torch.arange(n)[:, None] >= t * n, x_0, x_1)
-        for row, x_t, name in zip(images, (moved, mixed), ("displaced", "mixed"), strict=True):
-            text = ("text", corner, (235, 235, 245), f"{name}, t = {t:.2f}")
-            shapes = [("dots", x_t, colours, 2), text]
-            row.append(chart((196, 216), box, shapes, background=(14, 16, 34)))
-    caption = f"{n} points by exact assignment, W2 = {squared**0.5:.3f}; colour: the point's start"
-    image = Image.fromarray(np.vstack([np.hstack(row) for row in images]))
-    return [(f"{cfg.source} to {cfg.dataset}", image, caption)]
+        for row, name, x_t in zip(rows, ("displaced", "mixed"), (displaced, mixed), strict=True):
+            image = common.chart([("dots", x_t, colours, 1)], (-bound, bound) * 2, (196, 196))
+            row.append((f"{name}, t = {t:.2f}", image))
+    return rows
 
 
 def evaluate_gaussians(run):
     """Two Gaussians: the flow of the OT velocity by odeint, and the change of variables."""
-    m_0, m_1 = torch.tensor([[-2.4, -0.7], [2.3, 0.5]], dtype=torch.float64)
-    S_0, S_1 = torch.tensor(
-        [[[0.9, 0.5], [0.5, 0.5]], [[0.3, -0.4], [-0.4, 1.1]]], dtype=torch.float64
-    )
+    m_0, m_1 = torch.tensor([[-2.4, -0.7], [2.3, 0.5]]).double()
+    S_0, S_1 = torch.tensor([[[0.9, 0.5], [0.5, 0.5]], [[0.3, -0.4], [-0.4, 1.1]]]).double()
     rng = torch.Generator().manual_seed(0)
     x_0 = m_0 + torch.randn(200, 2, generator=rng, dtype=torch.float64) @ square_root(S_0)
     A, times = gaussian_map(S_0, S_1), grid(0, 1, 9)
@@ -524,51 +530,14 @@ def evaluate_gaussians(run):
     )
     angle = grid(0, 2 * math.pi, 97)
     circle = 2 * torch.stack([angle.cos(), angle.sin()], dim=1)
-    shapes = [("line", path, (120, 125, 140, 110), 1) for path in x.unbind(1)]
+    shapes = [("line", path, "#787d8c6e", 0.4) for path in x.unbind(1)]
     for t, (m, S) in zip(times, laws, strict=True):
-        ellipse, colour = m + circle @ square_root(S), colour_at(t)
-        shapes += [("fill", ellipse, (*colour, 26), 0), ("line", ellipse, colour, 3)]
-    shapes += [("dots", x[i], [colour_at(i / 8)] * len(x_0), 2) for i in (0, 8)]
-    caption = "N(m_t, S_t) by Bures' formulas; the straight paths are solved by odeint"
-    image = chart((484, 432), None, shapes)
-    return [("two Gaussians: the flow of v(x, t) = T(x_0) - x_0", image, caption)]
-
-
-def evaluate_gases(run):
-    """Every gas from every start, against the closed form of its ground state."""
-    edges, panels = grid(-8, 8, 4001), []
-    x = (edges[1:] + edges[:-1]) / 2
-    with torch.no_grad():
-        Q = run.net().cpu()  # (gases, starts, N+1)
-        energies = gas_energy(Q, both_gases)
-    centred = Q - mean(Q)[..., None]
-    even = torch.full_like(Q[0, 0, 1:], 1 / (Q.shape[-1] - 1))
-    for i, (name, q) in enumerate(GASES.items()):
-        rho, least = ground_state(x, q)
-        far = [
-            line_wasserstein_squared(*monotone_rearrangement(knots, even, edges, rho)).sqrt()
-            for knots in centred[i]
-        ]
-        E, far = energies[i].max().item(), max(far).item()
-        apart = (centred[i] - centred[i, 0]).abs().max().item()
-        figures = {"energy": E, "least": least, "W2_to_closed_form": far, "starts_apart": apart}
-        run.report(f"gas, {name}", **figures)
-        shapes = [("fill", curve(3 * x, rho)[rho > 1e-4], (205, 208, 216), 0)]
-        tiers = [("start", run.net.start[i].cpu(), 1, 1.5), ("end", Q[i], 1, 0.75)]
-        tiers.append(("end, mean moved to 0, three times as wide", centred[i], 3, 0))
-        for text, gases, scale, floor in tiers:
-            shapes.append(("text", torch.tensor([[-12.6, floor + 0.67]]), (90, 95, 105), text))
-            for k, knots in enumerate(gases):
-                at = torch.cat([knots[:1], (knots[1:] + knots[:-1]) / 2, knots[-1:]]) * scale
-                line = curve(at, nn.functional.pad(even / knots.diff(), (1, 1)) + floor)
-                colour = hue_colour(0.55 + k / 5)
-                if floor:
-                    shapes.append(("fill", line, (*colour, 60), 0))
-                shapes.append(("line", line, colour, 2))
-        image = chart((370, 300), (-13, 13, -0.03, 2.22), shapes)
-        caption = f"grey: the closed form, W2 to it {far:.3f}; E = {E:.4f}, least {least:.4f}"
-        panels.append((f"five gases, {name}, V = |x|^2/2", image, caption))
-    return panels
+        ellipse = m + circle @ square_root(S)
+        shapes.append(("fill", ellipse, hue_at(t, 26), 0))
+        shapes.append(("line", ellipse, hue_at(t), 1))
+    shapes += [("dots", x[k], hue_at(times[k]), 1) for k in (0, -1)]
+    image = common.chart(shapes, (-6.9, 6.9, -2.7, 2.9), (484, 196))
+    return [("Gaussians: the flow of v(x, t) = T(x_0) - x_0", image)]
 
 
 def evaluate_conditions(run):
@@ -582,10 +551,9 @@ def evaluate_conditions(run):
         holds = condition_on_A(power_law(q), 2)[0]
         run.report(f"A = rho^q/(q-1), q = {q}, d = 2", condition=holds, least_d2=least)
         line = curve(times, (U - U[-1]) / (U[0] - U[-1]))
-        label = line[14:15] + torch.tensor([[0.02, 0.07]])
-        shapes += [("line", line, colour, 4), ("text", label, colour, f"q = {q}")]
-    image = chart((280, 300), (-0.05, 1.05, -0.08, 1.08), shapes)
-    return [("U of a spreading Gaussian, d = 2", image, "rho^q/(q-1): convex iff q >= 1 - 1/d")]
+        shapes.append(("line", line, colour, 1.3))
+    image = common.chart(shapes, (0, 1, -0.05, 1.05), (180, 138), ("t", "U, A = rho^q / (q - 1)"))
+    return [("q = 2, 1, 0.5; 0.3 (red), d = 2", image)]
 
 
 def evaluate_brunn_minkowski(run):
@@ -595,80 +563,39 @@ def evaluate_brunn_minkowski(run):
     K, L = torch.randn(2, n, 7, 2, generator=rng, dtype=torch.float64)  # heptagons
     K, L = (e - e.mean(1, keepdim=True) for e in (K, L))
     excess = torch.stack([brunn_minkowski_excess(K, L, t) for t in times], dim=1)  # (n, T)
-    least = excess[:, 1:-1].min().item()
-    run.report("Brunn-Minkowski", pairs=n, least_excess=least)
-    shown = enumerate(excess[:40])
-    shapes = [("line", curve(times, y), (*hue_colour(k / 40), 190), 2) for k, y in shown]
-    image = chart((416, 300), None, shapes)
-    caption = f"excess over the chord, 40 of {n} random pairs; least of all {least:.1e}"
-    return [("Brunn-Minkowski: |(1-t) K + t L|^1/2", image, caption)]
+    run.report("Brunn-Minkowski", pairs=n, least_excess=excess[:, 1:-1].min().item())
+    lines = [curve(times, y) for y in excess[:40]]
+    shapes = [("line", line, hue(k / 40, 190), 0.7) for k, line in enumerate(lines)]
+    image = common.chart(shapes, around(*lines), (180, 138), ("t", "|(1-t)K + tL|^1/2 - chord"))
+    return [("Brunn-Minkowski, 40 pairs", image)]
 
 
-# ---- Pictures -----------------------------------------------------------------------------------
-
-TEAL, RED, GREY = (0, 122, 135), (214, 70, 60), (170, 174, 184)
-
-
-def colour_at(t):
-    """Time as a colour: indigo at t = 0, orange at t = 1."""
-    return tuple(
-        int(interpolate(a, b, t)) for a, b in zip((64, 60, 170), (240, 120, 40), strict=True)
-    )
-
-
-def hue_colour(hue):
-    """A bright colour of the wheel; hue has period 1."""
-    return tuple(int(140 + 110 * math.cos(2 * math.pi * (hue - k / 3))) for k in range(3))
-
-
-def chart(size, box, shapes, background=(250, 250, 252)):
-    """A picture without axes, drawn at three times its size and shrunk.
-
-    box: (left, right, bottom, top) in the units of the data, or None to fit. shapes are drawn in
-    order: ("fill" | "line", points (n, 2), colour, width), ("dots", points, colours, radius) or
-    ("text", point (1, 2), colour, text).
-    """
-    if box is None:
-        points = torch.cat([xy.cpu() for _, xy, _, _ in shapes])
-        low, high = points.amin(0), points.amax(0)
-        low, high = low - 0.06 * (high - low), high + 0.06 * (high - low)
-        box = (low[0], high[0], low[1], high[1])
-    left, right, bottom, top = map(float, box)
-    canvas = Image.new("RGB", (3 * size[0], 3 * size[1]), background)
-    draw = ImageDraw.Draw(canvas, "RGBA")
-    scale = torch.tensor([canvas.width / (right - left), canvas.height / (bottom - top)])
-    for kind, points, colour, extra in shapes:
-        xy = (points.cpu() - torch.tensor([left, top])) * scale
-        pixels = [tuple(point) for point in xy.tolist()]
-        if kind == "fill":
-            draw.polygon(pixels, fill=colour)
-        elif kind == "line":
-            draw.line(pixels, fill=colour, width=extra, joint="curve")
-        elif kind == "text":
-            draw.text(pixels[0], extra, fill=colour, font_size=36)
-        else:
-            r = 1.5 * extra
-            for (x, y), own in zip(pixels, colour, strict=True):
-                draw.ellipse((x - r, y - r, x + r, y + r), fill=own)
-    return canvas.resize(size, Image.Resampling.LANCZOS)
-
-
-def save_page(path, rows, gap=14):
-    """Rows of panels (title, image, caption) on one white page."""
-    heights = [max(image.height for _, image, _ in row) + 52 for row in rows]
-    width = max(sum(image.width + gap for _, image, _ in row) for row in rows) + gap
-    page = Image.new("RGB", (width, sum(heights) + gap), "white")
-    draw = ImageDraw.Draw(page)
-    y = gap
-    for row, height in zip(rows, heights, strict=True):
-        x = gap
-        for title, image, caption in row:
-            draw.text((x + 2, y), title, fill=(20, 22, 30), font_size=15)
-            page.paste(image, (x, y + 22))
-            draw.text((x + 2, y + 25 + image.height), caption, fill=(100, 104, 115), font_size=12)
-            x += image.width + gap
-        y += height
-    page.save(path)
+def evaluate_gases(run):
+    """Every gas from every start, against the closed form of its ground state."""
+    edges, row = grid(-8, 8, 4001), []
+    x = (edges[1:] + edges[:-1]) / 2
+    with torch.no_grad():
+        Q = run.net().cpu()  # (gases, starts, N+1)
+    energies, centred = gas_energy(Q, both_gases), Q - mean(Q)[..., None]
+    even = torch.full_like(Q[0, 0, 1:], 1 / (Q.shape[-1] - 1))
+    for i, (name, q) in enumerate(GASES.items()):
+        rho, least = ground_state(x, q)
+        pieces = [monotone_rearrangement(knots, even, edges, rho) for knots in centred[i]]
+        far = max(line_wasserstein_squared(*piece).sqrt().item() for piece in pieces)
+        apart = (centred[i] - centred[i, 0]).abs().max().item()
+        figures = {"energy": energies[i].max().item(), "least": least}
+        run.report(f"gas, {name}", **figures, W2_to_closed_form=far, starts_apart=apart)
+        shapes = []
+        for k, gas in enumerate(Q[i]):
+            closed = curve(x + mean(gas), rho)[rho > 1e-4]
+            shapes.append(("fill", closed, GREY, 0))
+            for knots, floor in ((run.net.start[i, k].cpu(), 0.7), (gas, 0)):
+                at = torch.cat([knots[:1], (knots[1:] + knots[:-1]) / 2, knots[-1:]])
+                line = curve(at, nn.functional.pad(even / knots.diff(), (1, 1)) + floor)
+                shapes.append(("line", line, hue(0.55 + k / 5), 1))
+        title = f"gases of {name}, V = |x|^2/2: five starts; their ends, on the closed form (grey)"
+        row.append((title, common.chart(shapes, (-12, 12, -0.02, 1.4), (748, 200))))
+    return row
 
 
 # ---- The run ------------------------------------------------------------------------------------
@@ -701,10 +628,11 @@ def main(cfg):
         train(run)
     if not run.finish():
         return
-    line, clouds = evaluate_line(run), evaluate_clouds(cfg, run, source, data)
-    clouds += evaluate_gaussians(run)
-    gases = evaluate_gases(run) + evaluate_conditions(run) + evaluate_brunn_minkowski(run)
-    save_page(run.folder / "samples.png", [line, clouds, gases])
+    line, (displaced, mixed) = evaluate_line(run), evaluate_clouds(cfg, run, source, data)
+    displaced += evaluate_gaussians(run)
+    mixed += evaluate_conditions(run) + evaluate_brunn_minkowski(run)
+    rows = line, displaced, mixed, evaluate_gases(run)
+    common.save_panels(run.folder / "samples.png", *rows)
     if cfg.num_samples:
         run.write_samples(lambda n: draw(cfg, source, data, n))
     run.say(f"see {run.folder / 'samples.png'}")

@@ -29,7 +29,6 @@ from typing import Literal
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import nn
 
 import common
@@ -63,14 +62,15 @@ class Config(common.Config):
 
 
 SMALL_IMAGES = {  # minutes on two cores
-    "steps": 2_900,
+    "steps": 4_500,
     "batch_size": 32,
+    "beta_2": 0.99,
     "amp": "auto",
     "time_beta": 0.75,  # Beta(1, 0.75): unverified
     "width": 16,
     "blocks": 1,
     "mult": (1, 2, 4),
-    "attention": (7, 8),
+    "attention": None,
     "tol": 1e-4,
     "nll_examples": 128,
     "divergence": "rademacher",
@@ -356,11 +356,7 @@ class Table(common.Data):
     """The rows of a file, standardised by the mean and standard deviation of the training rows."""
 
     validation: torch.Tensor | None = None
-    log_scale: float = 0.0  # sum of the logarithms of the standard deviations
-
-    def in_original_units(self, log_p):
-        """log densities of standardised rows -> of the rows as they were, in nats."""
-        return log_p - self.log_scale
+    log_scale: float = 0.0  # log of the deviations' product: what a row's log density loses
 
 
 def is_table(name):
@@ -428,6 +424,9 @@ def train(cfg, run, source, target):
         run.step(loss / x_1[0].numel())
 
 
+HELD_OUT = 20_000  # examples to measure by
+
+
 def continuous(data, x):
     """Images become a density by uniform noise within their levels; vectors pass."""
     return common.dequantize(x) if data.is_image else x
@@ -460,21 +459,19 @@ LOG_DENSITIES = {  # of an end: then the flow has the likelihood of the other en
 }
 
 
-def likelihood(cfg, v, x, log_rho, times=(1.0, 0.0)):
-    """log_prob of the rows x by cfg's divergence and tolerance, in batches: (B,)."""
+def report_likelihood(cfg, run, split, data, x, log_rho, times=(1.0, 0.0), **about):
+    """Of the rows x of data: mean negative log likelihood in nats, beside the entropy where that is
+    known; of images bits per dimension."""
     options = {"divergence": cfg.divergence, "rtol": cfg.tol, "atol": cfg.tol}
-    parts = x.split(10_000 if x.ndim == 2 else 64)
-    return torch.cat([log_prob(v, part, log_rho, times, **options)[0] for part in parts])
-
-
-def report_nll(cfg, run, split, data, x, log_rho, times, **about):
-    """Mean negative log likelihood in nats of the rows x of data, against the entropy if known."""
-    log_p = likelihood(cfg, run.ema, x, log_rho, times)
-    if isinstance(data, Table):
-        log_p = data.in_original_units(log_p)
-    figures = {"nll": -log_p.mean().item(), "standard_error": common.standard_error(log_p)}
+    parts = x.split(64 if data.is_image else 10_000)
+    log_p = torch.cat([log_prob(run.ema, part, log_rho, times, **options)[0] for part in parts])
+    if data.is_image:
+        name, figure = "bits_per_dim", common.bits_per_dim(log_p, x[0].numel())
+    else:
+        name, figure = "nll", data.log_scale - log_p if isinstance(data, Table) else -log_p
+    figures = {name: figure.mean().item(), "standard_error": common.standard_error(figure)}
     if data.entropy is not None:
-        figures |= {"entropy": data.entropy, "gap": figures["nll"] - data.entropy}
+        figures |= {"entropy": data.entropy, "gap": figures[name] - data.entropy}
     run.report(split, **about, **figures, examples=len(x))
 
 
@@ -487,19 +484,18 @@ def draw(cfg, run, source, n):
 def evaluate_vectors(cfg, run, source, target):
     """Report a flow's figures, and return rows of panels: the flow forwards, and backwards."""
     v, n = run.ema, cfg.nll_examples
-    forwards, backwards = (source, target, (0.0, 1.0)), (target, source, (1.0, 0.0))
     with torch.no_grad():
-        figures = diagnose(v, v.interpolant, *independent_pairs(source, target, 50_000))
+        figures = diagnose(v, v.interpolant, *independent_pairs(source, target, HELD_OUT))
     run.report("objective", flow=f"{source.name} to {target.name}", **figures)
     rows = []
-    for start, end, times in (forwards, backwards):
+    for start, end, times in ((source, target, (0.0, 1.0)), (target, source, (1.0, 0.0))):
         flow = f"{start.name} to {end.name}"
         if n and start.name in LOG_DENSITIES and isinstance(end, common.Data):
             known = LOG_DENSITIES[start.name], times[::-1]
             if isinstance(end, Table):  # to choose settings by
-                report_nll(cfg, run, "validation", end, end.validation[:n], *known, flow=flow)
-            report_nll(cfg, run, "test", end, end.test[:n], *known, flow=flow)
-        x, goal = held_out(start, 20_000), held_out(end, 20_000)
+                report_likelihood(cfg, run, "validation", end, end.validation[:n], *known)
+            report_likelihood(cfg, run, "test", end, end.test[:n], *known, flow=flow)
+        x, goal = held_out(start, HELD_OUT), held_out(end, HELD_OUT)
         frames, nfe = transport(v, x, torch.linspace(*times, 5), **common.solver_options(cfg))
         distance = common.energy_distance(frames[-1, :5_000], goal[:5_000])
         run.report("samples", flow=flow, energy_distance=distance, evaluations=nfe)
@@ -522,32 +518,19 @@ def panels(v, start, end, times, frames, goal):
 
 def evaluate_images(cfg, run, source, target):
     """A picture of samples, with their starts above them; test bits per dimension from noise."""
-    n = 64 if isinstance(source, Gaussian) else 32
-    x_0 = held_out(source, n)
+    from_noise = isinstance(source, Gaussian)
+    x_0 = held_out(source, 64 if from_noise else 32)
     x_1, nfe = transport(run.ema, x_0, **common.solver_options(cfg))
     run.report("samples", evaluations=nfe)
-    if not isinstance(source, Gaussian):
-        rows = zip(x_0.split(8), x_1.split(8), strict=True)
-        x_1 = torch.cat([torch.cat(pair) for pair in rows])
-    common.save_images(run.folder / "samples.png", x_1)
+    rows = zip(x_0.split(8), x_1.split(8), strict=True)
+    shown = x_1 if from_noise else torch.cat([torch.cat(pair) for pair in rows])
+    common.save_images(run.folder / "samples.png", shown)
     with torch.no_grad():
         pairs = independent_pairs(source, target, 512)
         run.report("objective", **diagnose(run.ema, run.ema.interpolant, *pairs))
-    if cfg.nll_examples and source.name in LOG_DENSITIES:
+    if cfg.nll_examples and from_noise:
         x_1 = held_out(target, cfg.nll_examples)
-        log_p = likelihood(cfg, run.ema, x_1, LOG_DENSITIES[source.name])
-        bpd = common.bits_per_dim(log_p, x_1[0].numel())
-        figures = {"bits_per_dim": bpd.mean().item(), "standard_error": common.standard_error(bpd)}
-        run.report("test", **figures, examples=len(bpd))
-
-
-def save_rows(path, rows):
-    """Rows of titled panels, one below the other."""
-    strips = []
-    for panels in rows:
-        common.save_panels(path, panels)
-        strips.append(np.asarray(Image.open(path)))
-    Image.fromarray(np.concatenate(strips)).save(path)
+        report_likelihood(cfg, run, "test", target, x_1, LOG_DENSITIES[source.name])
 
 
 # ---- The runs -----------------------------------------------------------------------------------
@@ -624,13 +607,8 @@ def bound(cfg):
         train(cfg, run, rho_0, rho_1)
     if run.finish():
         report("test")
-        finish_picture(run, evaluate_vectors(cfg, run, rho_0, rho_1))
-
-
-def finish_picture(run, rows):
-    if rows:
-        save_rows(run.folder / "samples.png", rows)
-    run.say(f"see {run.folder / 'samples.png'}")
+        common.save_panels(run.folder / "samples.png", *evaluate_vectors(cfg, run, rho_0, rho_1))
+        run.say(f"see {run.folder / 'samples.png'}")
 
 
 def main(cfg):
@@ -649,15 +627,14 @@ def main(cfg):
     run, source = flows[0]
     if not run.finish():
         return
-    rows = []
     if target.is_image:
         evaluate_images(cfg, run, source, target)
     else:
-        for flow in flows:
-            rows += evaluate_vectors(cfg, *flow, target)
+        rows = [row for flow in flows for row in evaluate_vectors(cfg, *flow, target)]
+        common.save_panels(run.folder / "samples.png", *rows)
     if cfg.num_samples:
         run.write_samples(lambda n: draw(cfg, run, source, n))
-    finish_picture(run, rows)
+    run.say(f"see {run.folder / 'samples.png'}")
 
 
 if __name__ == "__main__":

@@ -33,7 +33,6 @@ from typing import Annotated, Literal
 import torch
 import torch.nn.functional as F
 import torchvision
-from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 import common
@@ -67,14 +66,15 @@ class Config(common.Config):
 
 
 SMALL_IMAGES = {  # minutes on two cores
-    "steps": 2_400,
+    "steps": 4_000,
     "batch_size": 32,
+    "beta_2": 0.99,
+    "amp": "auto",
     "width": 16,
     "blocks": 1,
     "mult": (1, 2, 4),
-    "amp": "auto",
-    "later": 1 / 6,
-    "pairs": 2_000,
+    "later": 1 / 5,
+    "pairs": 3_000,
     "nfe": 16,
 }
 PRESETS = dict.fromkeys(("glyphs", "mnist", "fashion_mnist", "folder"), SMALL_IMAGES) | {
@@ -446,47 +446,28 @@ def stratified_squared_error(v, x_0, x_1, times=8):
 
 # ---- Pictures -----------------------------------------------------------------------------------
 
-PURPLE, RED = (110, 40, 170, 255), (225, 45, 40, 255)
-BLUE, LIGHT_RED, GREY = (30, 80, 200, 110), (225, 45, 40, 120), (0, 0, 0, 45)
-
-
-def scene(caption, bound, dots, paths=None, size=320):
-    """Paths (T, N, 2) and dots [(points (N, 2), colour, radius)], as uint8 (3, size, size)."""
-    canvas = Image.new("RGB", (2 * size, 2 * size), "white")  # twice as large, to smooth edges
-    pen = ImageDraw.Draw(canvas, "RGBA")
-
-    def pixels(x):
-        return (x.cpu() / bound * torch.tensor([1.0, -1.0]) + 1) * size
-
-    if paths is not None:
-        for path in pixels(paths).transpose(0, 1).flatten(1).tolist():
-            pen.line(path, fill=BLUE, width=3)
-    for points, colour, r in dots:
-        for x, y in pixels(points).tolist():
-            pen.ellipse((x - r, y - r, x + r, y + r), fill=colour)
-    pen.rectangle((0, 0, 2 * size - 1, 2 * size - 1), outline=(170, 170, 170, 255), width=2)
-    pen.text((14, 8), caption, fill="black", font_size=26)
-    canvas = canvas.resize((size, size), Image.Resampling.LANCZOS)
-    return torchvision.transforms.functional.pil_to_tensor(canvas)
+PURPLE, RED, BLUE, LIGHT_RED, GREY = "#6e28aa", "#e12d28", "#1e50c86e", "#e12d2878", "#0000002d"
 
 
 def vector_picture(path, rounds):
     """Above, paths from pi_0 (purple) to pi_1 (red) as in Fig. 2; below, what few steps reach."""
     x_0, x_1 = rounds[0].paths
     bound = 1.1 * torch.cat([x_0, x_1]).abs().flatten().quantile(0.997).item()
-    panels = []
+    box, size = (-bound, bound, -bound, bound), (320, 320)
+    above, below = [], []
     for r in rounds:
-        above = f"E|.|^2 = {r.figures['E|.|^2']:.3f}"
-        above += f", S = {r.figures['S']:.4f}" if "S" in r.figures else ""
-        below, end = next(iter(r.ends.items()))
-        if below in r.figures:  # unbiased, so it may fall below nought
-            below += f": energy distance {max(0, r.figures[below]):.3f}"
+        title = f"{r.name}: E|.|^2 = {r.figures['E|.|^2']:.3f}"
+        title += f", S = {r.figures['S']:.4f}" if "S" in r.figures else ""
         shown = r.paths[:, :200]
-        ends = [(shown[0], PURPLE, 5), (shown[-1], RED, 5)]
-        samples = [(x_1[:2500], GREY, 4), (end[:2500], LIGHT_RED, 4)]
-        cells = [scene(above, bound, ends, shown), scene(below, bound, samples)]
-        panels.append((r.name, torch.cat(cells, dim=1)))
-    common.save_panels(path, panels)
+        shapes = [("line", line, BLUE, 1) for line in shown.unbind(1)]
+        shapes += [("dots", shown[0], PURPLE, 2.5), ("dots", shown[-1], RED, 2.5)]
+        above.append((title, common.chart(shapes, box, size)))
+        title, end = next(iter(r.ends.items()))
+        if title in r.figures:  # unbiased, so it may fall below nought
+            title += f": energy distance {max(0, r.figures[title]):.3f} (grey: data)"
+        shapes = [("dots", x_1[:2500], GREY, 2), ("dots", end[:2500], LIGHT_RED, 2)]
+        below.append((title, common.chart(shapes, box, size)))
+    common.save_panels(path, above, below)
 
 
 def image_picture(path, rounds, show_source, columns=8):

@@ -205,7 +205,7 @@ def test_power_law_energy_of_a_gaussian_against_quadrature(q):
 
 @pytest.mark.parametrize("n", range(1, 8))
 def test_assignment_against_brute_force(n):
-    for trial in range(8):
+    for trial in range(8 if n < 7 else 2):
         cost = torch.randn(n, n)
         if trial % 2:
             cost = cost.mul(2).round()  # ties
@@ -258,12 +258,12 @@ def test_assignment_on_a_line_is_sorting():
 
 def test_assignment_is_cyclically_monotone_and_tends_to_w2():
     S_0, S_1, m = covariance(2), covariance(2), torch.tensor([3.0, 0.0])
-    x_0 = torch.randn(600, 2) @ dp.square_root(S_0)
-    x_1 = m + torch.randn(600, 2) @ dp.square_root(S_1)
+    x_0 = torch.randn(300, 2) @ dp.square_root(S_0)
+    x_1 = m + torch.randn(300, 2) @ dp.square_root(S_1)
     paired, dual = dp.optimal_pairs(x_0, x_1)
     # sum <x_0, T x_0 - T of the next> >= 0 over random cycles
     for length in (2, 3, 5):
-        cycles = torch.stack([torch.randperm(600)[:length] for _ in range(500)])
+        cycles = torch.stack([torch.randperm(300)[:length] for _ in range(500)])
         a, b = x_0[cycles], paired[cycles]
         assert ((a * (b - b.roll(1, 1))).sum((1, 2)) > -1e-9).all()
     # Gelbrich: no laws of these means and covariances are nearer than the Gaussians are
@@ -271,7 +271,7 @@ def test_assignment_is_cyclically_monotone_and_tends_to_w2():
         f(x) for x in (x_0, x_1) for f in (lambda x: x.mean(0), lambda x: x.T.cov(correction=0))
     ]
     bound = dp.gaussian_wasserstein_squared(*moments).item()
-    assert bound < dual < 1.02 * bound
+    assert bound < dual < 1.04 * bound
     part = paired[:100]  # pairs of an optimal pairing are optimal by themselves
     assert_close(dp.optimal_pairs(x_0[:100], part)[0], part)
 
@@ -363,18 +363,18 @@ def test_flow_matching_on_exact_pairs_finds_the_velocity():
     """Regression of x_1 - x_0 on x_t: exact pairs leave no residual, independent ones do."""
     m_0, m_1, S_0 = torch.zeros(2), torch.tensor([2.0, 1.0]), torch.eye(2)
     S_1 = torch.tensor([[2.0, 0.8], [0.8, 0.6]])
-    x_0 = torch.randn(512, 2)
-    x_1 = m_1 + torch.randn(512, 2) @ dp.square_root(S_1)
+    x_0 = torch.randn(256, 2)
+    x_1 = m_1 + torch.randn(256, 2) @ dp.square_root(S_1)
     v = dp.gaussian_velocity(m_0, S_0, m_1, S_1)
     residuals = []
     for target in (dp.optimal_pairs(x_0, x_1)[0], x_1):
         x_t = interpolate(x_0, target, 0.5)
-        features = torch.cat([x_t, torch.ones(512, 1)], dim=1)
+        features = torch.cat([x_t, torch.ones(256, 1)], dim=1)
         fit = torch.linalg.lstsq(features, target - x_0).solution
         residuals.append((target - x_0 - features @ fit).square().sum(1).mean().item())
         if len(residuals) == 1:
-            error = features @ fit - v(x_t, torch.full((512,), 0.5))
-            assert error.square().sum(1).mean().sqrt().item() < 0.15  # sampling: 1/sqrt(512) each
+            error = features @ fit - v(x_t, torch.full((256,), 0.5))
+            assert error.square().sum(1).mean().sqrt().item() < 0.2  # sampling: 1/sqrt(256) each
     assert residuals[0] < 0.1 < 1 < residuals[1]
 
 
@@ -709,25 +709,25 @@ def test_parameter_has_the_length_of_wasserstein_space():
 
 def test_descent_follows_the_gradient_flow():
     """The flow of int rho log rho + G from N(0, s²) stays Gaussian: s_t² = 1 + (s² - 1) e^(-2t)."""
-    N, step, s = 64, 4e-4, 2.0
+    N, step, s = 32, 1e-3, 2.0
     u = (torch.arange(N + 1) + 0.0) / N
     u[0], u[-1] = 0.25 / N, 1 - 0.25 / N
     net = dp.Gases((s * torch.special.ndtri(u)).repeat(2, 1, 1))
     optimizer = torch.optim.SGD(net.parameters(), lr=step)
-    for _ in range(1000):
+    for _ in range(400):
         optimizer.zero_grad()
         dp.gas_energy(net(), dp.both_gases)[0].sum().backward()
         optimizer.step()
     middle = slice(N // 8, -N // 8)  # away from the ends, where cells are wide
     ratio = (net()[0, 0] / (s * torch.special.ndtri(u)))[middle]
     ratio = ratio[(u[middle] - 0.5).abs() > 0.1]
-    expected = math.sqrt(1 + (s**2 - 1) * math.exp(-2 * 1000 * step)) / s
+    expected = math.sqrt(1 + (s**2 - 1) * math.exp(-2 * 400 * step)) / s
     assert_close(ratio.mean().item(), expected, rtol=0.01, atol=0)
     assert expected < 0.8  # it has moved
 
 
 def test_every_start_descends_to_the_ground_state(tmp_path):
-    cfg = dp.Config(out=str(tmp_path), steps=1000, quantiles=16, lr=5e-3)
+    cfg = dp.Config(out=str(tmp_path), steps=700, quantiles=12, lr=8e-3)
     run, _, _ = dp.prepare(cfg)
     least = torch.tensor([dp.ground_state(torch.zeros(1), q)[1] for q in (1, 2)])
     before = dp.gas_energy(run.net(), dp.both_gases) - least[:, None]
@@ -740,12 +740,12 @@ def test_every_start_descends_to_the_ground_state(tmp_path):
     assert (after > 0).all()  # upper bounds of the minimum ...
     assert (
         after.max(1).values < torch.tensor([0.05, 0.01])
-    ).all()  # ... that 16 cells come near to
+    ).all()  # ... that 12 cells come near to
     assert_close(dp.mean(Q), means)  # each where it began: unique up to translation
     centred = Q - dp.mean(Q)[..., None]
     assert (centred - centred[:, :1]).abs().max() < 1e-3
     edges = dp.grid(-8, 8, 2001)
-    even = torch.full((16,), 1 / 16)
+    even = torch.full((12,), 1 / 12)
     for i, q in enumerate((1, 2)):  # E is 1-convex among centred laws: W2² <= 2 (E - E_min)
         rho, _ = dp.ground_state((edges[1:] + edges[:-1]) / 2, q)
         pieces = dp.monotone_rearrangement(centred[i, 0], even, edges, rho)
@@ -775,7 +775,7 @@ def test_losses_and_fields_keep_to_their_device():
     assert dp.brunn_minkowski_excess(meta(3, 5, 2), meta(3, 5, 2), 0.5).is_meta
 
 
-def test_train_resume_sample(call):
+def test_train_resume_sample(call, refused):
     folder = Path("runs/displacement-moons")
     flags = [*TINY, "--source", "rings", "--dataset", "moons", "--num-samples", "20"]
     code, out, err = call("displacement", *flags, "--time", "0.25")
@@ -799,18 +799,19 @@ def test_train_resume_sample(call):
     assert code == 0, err
     assert "Brunn-Minkowski: pairs" in out
     assert (folder / "samples" / "samples.png").exists()
+    refused("does not fit", "displacement", "--sample", "whole/checkpoint.pt", "--quantiles", "9")
 
 
-def test_samples_lie_on_rho_t(call):
-    """At t = 0 they are the source, at t = 1 the target; half-way of a law to itself, about it."""
-    draws = {}
-    for t in ("0", "1"):
-        flags = ["--source", "rings", "--dataset", "eight_gaussians", "--num-samples", "64"]
-        assert call("displacement", *TINY, *flags, "--time", t, "--out", f"at{t}")[0] == 0
-        draws[t] = np.load(f"at{t}/samples.npz")["arr_0"]
-    radius = np.linalg.norm(draws["0"], axis=1)
-    assert (np.abs(radius - 0.5 * np.round(2 * radius)) < 0.2).all()  # on the rings, 5 sigma
-    assert (np.abs(np.linalg.norm(draws["1"], axis=1) - 2) < 0.75).all()  # on the eight modes
+def test_samples_lie_on_rho_t(tmp_path):
+    """At t = 0 they are the source, at t = 1 the target."""
+    torch.set_default_dtype(torch.float32)
+    cfg = dp.Config(source="rings", dataset="eight_gaussians", out=str(tmp_path), steps=0)
+    _, source, data = dp.prepare(cfg)
+    radii = []
+    for cfg.time in (0.0, 1.0):
+        radii.append(dp.draw(cfg, source, data, 64).norm(dim=1))
+    assert ((radii[0] - 0.5 * (2 * radii[0]).round()).abs() < 0.2).all()  # on the rings, 5 sigma
+    assert ((radii[1] - 2).abs() < 0.75).all()  # on the eight modes
 
 
 @pytest.mark.parametrize(
@@ -834,11 +835,6 @@ def test_samples_lie_on_rho_t(call):
 def test_bad_flags(refused, flags, pattern):
     quick = [] if "--steps" in flags else ["--steps", "2"]
     refused(pattern, "displacement", *flags.split(), *quick)
-
-
-def test_checkpoint_of_other_quantiles_is_refused(call, refused):
-    assert call("displacement", *TINY, "--out", "kept")[0] == 0
-    refused("does not fit", "displacement", "--sample", "kept/checkpoint.pt", "--quantiles", "9")
 
 
 def test_a_step_that_is_too_long_is_refused_before_anything_is_saved(refused):

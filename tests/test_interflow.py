@@ -20,9 +20,11 @@ TIGHT = {"rtol": 1e-10, "atol": 1e-10}
 
 
 @pytest.fixture(autouse=True)
-def _double(request):
+def _double(request, monkeypatch):
     torch.manual_seed(0)
-    if not {"call", "refused"} & set(request.fixturenames):  # the command line runs as it is
+    if {"call", "refused"} & set(request.fixturenames):  # the command line runs in float32
+        monkeypatch.setattr(it, "HELD_OUT", 200)
+    else:
         torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(torch.float32)
@@ -129,17 +131,17 @@ def test_gradient_of_the_coefficients_is_reversed():
 def test_gaussian_velocity_is_the_conditional_expectation(interpolant):
     """E[dI_t/dt | I_t = x] by Monte Carlo: the mean over the samples that come near x."""
     rho_0, rho_1 = one_dimensional(-0.5, 0.8), one_dimensional(1.7, 2.3)
-    n = 1_000_000
+    n = 200_000
     x_0, x_1 = rho_0.batch(n)[0], rho_1.batch(n)[0]
     for time, at in ((0.2, 0.1), (0.6, 1.5), (0.9, 3.0)):
         t = torch.full((n,), time)
         x_t, dx_t = interpolant(x_0, x_1, t)
-        near = (x_t - at).abs()[:, 0] < 0.05  # symmetric, so the error is of second order: < 0.003
+        near = (x_t - at).abs()[:, 0] < 0.1  # symmetric, so the error is of second order: < 0.01
         expected = dx_t[near].mean().item()
         v = gaussian_velocity(interpolant, rho_0, rho_1)(torch.tensor([[at]]), t[:1]).item()
         error = dx_t[near].std().item() / math.sqrt(near.sum().item())
-        assert abs(v - expected) < 5 * error + 0.003
-        assert error < 0.03
+        assert abs(v - expected) < 5 * error + 0.01
+        assert error < 0.05
 
 
 @every_interpolant
@@ -194,7 +196,7 @@ def test_minimum_of_G_between_equal_normals(interpolant, minimum):
 @every_interpolant
 def test_minimum_of_G_is_minus_the_kinetic_energy(interpolant):
     """And the excess of any other velocity's G is H = int E|v - u|² dt."""
-    n = 200_000
+    n = 50_000
     x_0, x_1, t = RHO_0.batch(n)[0], RHO_1.batch(n)[0], torch.rand(n)
     u = gaussian_velocity(interpolant)
 
@@ -208,7 +210,7 @@ def test_minimum_of_G_is_minus_the_kinetic_energy(interpolant):
         error = (at.square() - 2 * at * dx_t).sum(1).std().item() / math.sqrt(n)
         g = it.G(field, interpolant, x_0, x_1, t).item()
         assert abs(g - figures["G"]) < 5 * error
-        assert error < 0.05
+        assert error < 0.1
         if field is u:
             assert figures["H"] < 1e-20
             assert_close(figures["G"], figures["min_G"])
@@ -305,17 +307,17 @@ def mixture_velocity(interpolant):
 @every_interpolant
 def test_likelihood_either_way(interpolant):
     """The exact field carries the density of either end to the other's."""
-    v = mixture_velocity(interpolant)
+    v, solver = mixture_velocity(interpolant), {"rtol": 1e-8, "atol": 1e-8}
     x_0 = torch.randn(6, 2)
-    x_1, forwards = it.transport(v, x_0, **TIGHT)
-    log_p_1, _ = it.log_prob(v, x_1, common.standard_normal_log_prob, (1.0, 0.0), **TIGHT)
-    assert_close(log_p_1, it.eight_gaussians_log_prob(x_1), rtol=0, atol=1e-6)
-    log_p_0, _ = it.log_prob(v, x_0, it.eight_gaussians_log_prob, (0.0, 1.0), **TIGHT)
-    assert_close(log_p_0, common.standard_normal_log_prob(x_0), rtol=0, atol=1e-6)
-    back, _ = it.transport(v, x_1, (1.0, 0.0), **TIGHT)
-    assert_close(back, x_0, rtol=0, atol=1e-6)
-    frames, _ = it.transport(v, x_0, torch.tensor([0.0, 0.5, 1.0]), **TIGHT)
-    assert_close(frames[-1], x_1, rtol=0, atol=1e-7)
+    x_1, forwards = it.transport(v, x_0, **solver)
+    log_p_1, _ = it.log_prob(v, x_1, common.standard_normal_log_prob, (1.0, 0.0), **solver)
+    assert_close(log_p_1, it.eight_gaussians_log_prob(x_1), rtol=0, atol=1e-5)
+    log_p_0, _ = it.log_prob(v, x_0, it.eight_gaussians_log_prob, (0.0, 1.0), **solver)
+    assert_close(log_p_0, common.standard_normal_log_prob(x_0), rtol=0, atol=1e-5)
+    back, _ = it.transport(v, x_1, (1.0, 0.0), **solver)
+    assert_close(back, x_0, rtol=0, atol=1e-5)
+    frames, _ = it.transport(v, x_0, torch.tensor([0.0, 0.5, 1.0]), **solver)
+    assert_close(frames[-1], x_1, rtol=0, atol=1e-6)
     assert frames.shape == (3, 6, 2)
     assert forwards > 0
 
@@ -355,16 +357,16 @@ def test_a_diffusion_with_the_score_has_the_same_density(epsilon):
     """dX = (v + e s) dt + sqrt(2 e) dW from N(0, 1) to t = 0.9, for any e."""
     rho_0, rho_1 = one_dimensional(0.0, 1.0), one_dimensional(1.3, 0.4)
     v = gaussian_velocity(TRIGONOMETRIC, rho_0, rho_1)
-    n, steps, end = 50_000, 300, 0.9
+    n, steps, end = 20_000, 150, 0.9
     x, h = torch.randn(n, 1), end / steps
     for i in range(steps):
         t = torch.tensor([i * h])
         drift = v(x, t) + epsilon * it.score(v, x, t, TRIGONOMETRIC)
         x = x + h * drift + math.sqrt(2 * epsilon * h) * torch.randn_like(x)
     mean, cov, _, _ = it.gaussian_path(torch.tensor([end]), TRIGONOMETRIC, rho_0, rho_1)
-    # sampling errors: 0.002 of the mean, 0.001 of the deviation; Euler's of order h = 0.003
-    assert_close(x.mean().item(), mean.item(), rtol=0, atol=0.012)
-    assert_close(x.std().item(), cov.sqrt().item(), rtol=0, atol=0.008)
+    # sampling errors: 0.003 of the mean, 0.002 of the deviation; Euler's of order h = 0.006
+    assert_close(x.mean().item(), mean.item(), rtol=0, atol=0.02)
+    assert_close(x.std().item(), cov.sqrt().item(), rtol=0, atol=0.016)
 
 
 def test_likelihood_of_a_constant_linear_field():
@@ -464,7 +466,7 @@ def test_best_coefficients_approach_optimal_transport(terms, value):
 def test_training_learns_the_best_coefficients(tmp_path):
     """Velocity and interpolant, trained against each other, reach the saddle of RHO_0, RHO_1."""
     torch.set_default_dtype(torch.float32)
-    cfg = it.Config(out=str(tmp_path), steps=1_500, lr=1e-2, device="cpu", learn=True)
+    cfg = it.Config(out=str(tmp_path), steps=800, lr=2e-2, device="cpu", learn=True)
     ends = [Gaussian("", rho.mean.float(), rho.root.float()) for rho in (RHO_0, RHO_1)]
     net = it.InterFlow(it.AffineVelocity(2), it.make_interpolant(cfg))
     run = common.Run(cfg, net, torch.device("cpu"))
@@ -482,7 +484,7 @@ def test_training_learns_the_best_coefficients(tmp_path):
 
 
 @every_interpolant
-@pytest.mark.parametrize("size", [0.05, 0.3, 1.0])
+@pytest.mark.parametrize("size", [0.05, 1.0])
 def test_wasserstein_bound_holds(interpolant, size):
     """For perturbations of the exact field by random affine fields, different at every time."""
     u = gaussian_velocity(interpolant)
@@ -496,10 +498,11 @@ def test_wasserstein_bound_holds(interpolant, size):
     figures = it.wasserstein_bound(v, interpolant, RHO_0, RHO_1)
     assert 1e-5 < figures["W2_squared"] <= figures["bound"]
     assert figures["H"] > 0
-    # the flow's end, by particles: the moments that the distance was computed from
-    x, _ = it.transport(v, RHO_0.batch(20_000)[0], method="rk4", steps=30)
-    w = it.bures_distance(x.mean(0), x.T.cov(), RHO_1.mean, RHO_1.cov).item()
-    assert_close(w, figures["W2_squared"], rtol=0.1, atol=2e-3)
+    # the flow's end, by four particles that have rho_0's mean and covariance exactly
+    sigma = math.sqrt(2) * torch.tensor([[1.0, 0], [-1, 0], [0, 1], [0, -1]])
+    x, _ = it.transport(v, RHO_0.mean + sigma @ RHO_0.root.T, rtol=1e-8, atol=1e-8)
+    w = it.bures_distance(x.mean(0), x.T.cov(correction=0), RHO_1.mean, RHO_1.cov).item()
+    assert_close(w, figures["W2_squared"], rtol=1e-5, atol=1e-6)
 
 
 def test_exact_velocity_has_no_distance():
@@ -542,9 +545,7 @@ def test_table_files(tmp_path):
         np.testing.assert_allclose(parts[order, i], slope * scaled[:, i] + shift, atol=1e-5)
     # a density of y = (x - mean) / std becomes that of x by the factor 1 / prod(std)
     expected = sum(math.log(slope) for slope, _ in slopes)
-    assert_close(
-        table.in_original_units(torch.zeros(2)), torch.full((2,), expected), atol=1e-6, rtol=0
-    )
+    assert_close(table.log_scale, -expected, atol=1e-6, rtol=0)
     again = it.load_table(str(tmp_path / "array.npy"))
     assert torch.equal(again.test, table.test)  # the same split every time
 
@@ -646,15 +647,15 @@ def test_losses_and_samplers_keep_to_their_device(learn):
 @pytest.mark.parametrize("source", ["normal", "eight_gaussians"])
 def test_a_short_training_learns_the_checkerboard(tmp_path, source):
     torch.set_default_dtype(torch.float32)
-    cfg = it.Config(out=str(tmp_path), steps=400, device="cpu", base_batch=None)
+    cfg = it.Config(out=str(tmp_path), steps=300, batch_size=256, device="cpu")
     device = common.setup(cfg)
     target = it.load(cfg, "checkerboard", device)
     run, base = it.prepare(cfg, device, source, target)
 
     def distances():
         """Energy distances of the flow forwards and backwards."""
-        solver = {"method": "midpoint", "steps": 20}
-        x_0, x_1 = it.held_out(base, 4_000), it.held_out(target, 4_000)
+        solver = {"method": "midpoint", "steps": 8}
+        x_0, x_1 = it.held_out(base, 1_500), it.held_out(target, 1_500)
         y_1, _ = it.transport(run.ema, x_0, **solver)
         y_0, _ = it.transport(run.ema, x_1, (1.0, 0.0), **solver)
         return common.energy_distance(y_1, x_1), common.energy_distance(y_0, x_0)
@@ -663,16 +664,16 @@ def test_a_short_training_learns_the_checkerboard(tmp_path, source):
     it.train(cfg, run, base, target)
     after = distances()
     assert min(before) > 0.03
-    assert max(after) < 0.01  # a perfect flow has 0 +- 0.001
+    assert max(after) < 0.02  # a perfect flow has 0 +- 0.002
     if source == "normal":
-        log_rho, solver = it.LOG_DENSITIES[source], {"method": "midpoint", "steps": 40}
-        log_p, _ = it.log_prob(run.ema, target.test[:1_000], log_rho, **solver)
-        assert -log_p.mean().item() < 2.55  # the entropy is log 8 = 2.08; the start has 3.2
+        log_rho, solver = it.LOG_DENSITIES[source], {"method": "midpoint", "steps": 20}
+        log_p, _ = it.log_prob(run.ema, target.test[:500], log_rho, **solver)
+        assert -log_p.mean().item() < 2.7  # the entropy is log 8 = 2.08; the start has 3.2
 
 
 def test_all_pairs_train_as_well(tmp_path):
     torch.set_default_dtype(torch.float32)
-    cfg = it.Config(out=str(tmp_path), steps=300, device="cpu", base_batch=16, batch_size=16)
+    cfg = it.Config(out=str(tmp_path), steps=200, device="cpu", base_batch=16, batch_size=16)
     cfg.time_batch, cfg.time_beta = 4, 0.75
     run = common.Run(cfg, it.InterFlow(it.AffineVelocity(2), LINEAR), torch.device("cpu"))
     ends = [Gaussian("", rho.mean.float(), rho.root.float()) for rho in (RHO_0, RHO_1)]
@@ -759,7 +760,6 @@ def test_images(call, pictures):
 
 BAD_FLAGS = [
     ("--source mooons", "unknown data set 'mooons'"),
-    ("--source glyphs", "differ in shape"),
     ("--source normal,normal", "names a density twice"),
     ("--interpolant cubic", "invalid choice: 'cubic'"),
     ("--learn --time-beta 0.75", "leave out --time-alpha and --time-beta"),
