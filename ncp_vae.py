@@ -371,21 +371,17 @@ def compare_bounds(cfg, run, vae, log_r, test):
         run.report(f"gain of {name}", nats=gain.mean().item(), standard_error=error)
 
 
-def compare_samples(cfg, run, vae, log_r, judge, data, z_q):
-    """Distances of samples to test images, in the judge's features and in pixels, and of their
-    latents to z_q (N, K d), the test images'. Returns each sampler's latents and first figure."""
-    test = grey(common.to_float(data.test[: len(z_q)]))
-    train = binary(common.to_float(data.train[: len(z_q)]))
-    latents = {name: draw(cfg, vae, log_r, len(z_q), name) for name in SAMPLERS}
-    features, goal, frechet = (
-        judge.features(test),
-        {"q(z) of training images": vae.encode(train)[0][0]},
-        {},
-    )
-    for name, z in (latents | goal).items():
-        x = vae.decoder(z).sigmoid()
-        frechet[name] = frechet_distance(judge.features(x.view(-1, *test.shape[1:])), features)
-        pixels, gap = common.energy_distance(x, test.flatten(1)), common.energy_distance(z, z_q)
+def compare_samples(cfg, run, vae, log_r, judge, x, train):
+    """Distances of samples to test images x (N, 1, H, W), of levels in [0, 1]: in the judge's
+    features, in pixels, and of the latents to those of x. What draws from q(z), of training images,
+    reach is the least that a prior can. Returns each sampler's latents and its first figure."""
+    z_x = vae.encode(torch.bernoulli(x).flatten(1))[0][0]
+    latents = {name: draw(cfg, vae, log_r, len(x), name) for name in SAMPLERS}
+    features, frechet = judge.features(x), {}
+    for name, z in (latents | {"draws from q(z)": vae.encode(train)[0][0]}).items():
+        y = vae.decoder(z).sigmoid()
+        frechet[name] = frechet_distance(judge.features(y.view(-1, *x.shape[1:])), features)
+        pixels, gap = common.energy_distance(y, x.flatten(1)), common.energy_distance(z, z_x)
         figures = {"frechet_of_features": frechet[name], "energy_distance_of_pixels": pixels}
         run.report(SAMPLERS.get(name, name), **figures, energy_distance_of_latents=gap)
     return latents, frechet
@@ -395,21 +391,19 @@ def compare_samples(cfg, run, vae, log_r, judge, data, z_q):
 def evaluate(cfg, first, second, judge, data):
     """Diagnostics of the classifiers, bounds, sample quality, and the picture."""
     vae, log_r, run = first.ema, second.ema, first
-    rng = torch.Generator().manual_seed(0)
-    chosen = torch.randperm(len(data.test), generator=rng)[: cfg.nll_examples]
-    test = binary(common.to_float(data.test[chosen.to(run.device)]))
+    order = torch.randperm(len(data.test), generator=torch.Generator().manual_seed(0))
+    levels = grey(common.to_float(data.test[order[:10_000].to(run.device)])).clamp(0, 1)
+    test = torch.bernoulli(levels[: cfg.nll_examples]).flatten(1)
     losses = [loss.item() for loss in ncp_losses(vae, log_r, test)]
     log_r_p = log_r(vae.prior(torch.zeros(50_000, 0, device=run.device)).sample())
-    figures = {"cross_entropy": sum(losses) / len(losses), "log_2": math.log(2)}
-    figures |= {
-        "log_z": log_partition(log_r_p).item(),
-        "ess_share": effective_share(log_r_p).item(),
-    }
-    run.report("classifiers", **figures)
+    figures = {"log_z": log_partition(log_r_p), "ess_share": effective_share(log_r_p)}
+    figures = {name: value.item() for name, value in figures.items()}  # of the first group
+    run.report("classifiers", cross_entropy=sum(losses) / len(losses), **figures)
     compare_bounds(cfg, run, vae, log_r, test)
-    z_q = vae.encode(binary(common.to_float(data.test[:2_000])))[0][0]
-    samples = compare_samples(cfg, run, vae, log_r, judge.ema, data, z_q)
-    picture(cfg, run, vae, log_r, data, *samples)
+    train = binary(data.batch(len(levels[:2_000]))[0])
+    samples = compare_samples(cfg, run, vae, log_r, judge.ema, levels[:2_000], train)
+    z_q = vae.encode(torch.bernoulli(levels).flatten(1), 20)[0].flatten(0, 1)
+    picture(cfg, run, vae, log_r, data.shape, z_q, *samples)
     if cfg.num_samples:
 
         def images(n):
@@ -420,10 +414,9 @@ def evaluate(cfg, first, second, judge, data):
     run.say(f"see {run.folder / 'samples.png'}")
 
 
-def picture(cfg, run, vae, log_r, data, latents, frechet):
+def picture(cfg, run, vae, log_r, shape, z_q, latents, frechet):
     """Above, the densities of q(z), p(z) and p_NCP(z), two latents; below, samples."""
     size, bound, cells = 466, 3.5, 233
-    z_q = vae.encode(binary(common.to_float(data.test[:10_000])), 20)[0].flatten(0, 1)
     above = [("aggregate posterior q(z)", common.density_image(z_q[:, :2], bound, 116, size))]
     if vae.groups == 1 and vae.latent == 2:
         axis = torch.linspace(-bound, bound, cells, device=run.device)
@@ -434,12 +427,12 @@ def picture(cfg, run, vae, log_r, data, latents, frechet):
             above.append((name, common.heat_image(heat, size)))
     else:
         for name in ("prior", "sir"):
-            density = common.density_image(latents[name][:, :2], bound, 58, size)
+            density = common.density_image(latents[name][:, :2], bound, 40, size)
             above.append((f"{SAMPLERS[name]}, two of the latents", density))
     below = []
     for name, title in SAMPLERS.items():
         z = draw(cfg, vae, log_r, 64, name, cfg.temperature)
-        x = common.to_uint8(decode(vae, data.shape, z).cpu())
+        x = common.to_uint8(decode(vae, shape, z).cpu())
         grid = torchvision.utils.make_grid(x, padding=1, pad_value=64)
         scale = max(1, size // grid.shape[2])
         grid = grid.repeat_interleave(scale, 1).repeat_interleave(scale, 2)
@@ -452,6 +445,8 @@ def main(cfg):
     data = common.load_data(cfg, device)
     if not data.is_image:
         raise UserError(f"{cfg.dataset} is not made of images: give glyphs, mnist or a folder")
+    if len(data.test) < 2:
+        raise UserError(f"{cfg.dataset} is too small: of a folder's images one in ten is held out")
     first, second, judge = train(cfg, device, data)
     if first.finish():
         evaluate(cfg, first, second, judge, data)

@@ -422,6 +422,7 @@ def test_two_stages_groups_and_langevin_samples(call, pictures):
 
 def test_bad_input(refused, pictures):
     refused("not made of images", "ncp_vae", *TINY, "--dataset", "moons")
+    refused("too small", "ncp_vae", *TINY, "--dataset", pictures(n=9))
     for flag in ("--groups", "--latent", "--proposals", "--nll-samples", "--nll-examples"):
         refused("at least 1", "ncp_vae", flag, "0")
     refused("above 0", "ncp_vae", "--temperature", "0")
