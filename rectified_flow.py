@@ -32,7 +32,6 @@ from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
-import torchvision
 from tqdm import tqdm
 
 import common
@@ -477,10 +476,8 @@ def image_picture(path, rounds, show_source, columns=8):
         rows = ({"x_0": r.paths[0]} if show_source else {}) | r.ends
         height = height or len(rows)  # that of the first panel, filled up from further x_0
         x = torch.stack(list(rows.values())).unflatten(1, (-1, columns)).transpose(0, 1)
-        x = common.to_uint8(x.flatten(0, 2)[: height * columns].cpu())
-        grid = torchvision.utils.make_grid(x, columns, padding=1, pad_value=64)
-        scale = max(1, 480 // grid.shape[2])
-        grid = grid.repeat_interleave(scale, 1).repeat_interleave(scale, 2)
+        x = x.flatten(0, 2)[: height * columns]
+        grid = common.image_grid(x, columns, scale=max(1, 480 // (columns * x.shape[-1])))
         panels.append((f"{r.name}: {', '.join(rows)}", grid))
     common.save_panels(path, panels)
 
