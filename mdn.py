@@ -38,6 +38,7 @@ from common import Count, Fraction, Natural, Positive, UserError
 class Config(common.Config):
     dataset: str = "inverse"  # inverse, robot, or a .csv file whose first line names its columns
     targets: str | None = None  # columns of the .csv to predict, such as a,b
+    inputs: str | None = None  # columns of the .csv to predict from (default: all others)
     kernels: Count = 5  # K, Gaussian kernels in the mixture
     hidden: Count = 50  # tanh units of the mixture density network, in one layer
     ls_hidden: Count = 50  # tanh units of the least-squares network
@@ -202,10 +203,7 @@ def forward_map(t):
 
 
 def exact_posterior(x, n=5_000):
-    """1 / p(t | x) where that is not zero, the mean and the variance of t given x: (B,) each.
-
-    t and the noise are uniform, and so is p(t | x) over the t with |x - forward_map(t)| < NOISE.
-    """
+    """1 / p(t | x), uniform over the t within NOISE of x, its mean and variance: (B,) each."""
     t = (torch.arange(n).to(x) + 0.5) / n
     inside = ((x[:, None] - forward_map(t)).abs() < NOISE).to(x)  # (B, n)
     length = inside.mean(dim=1)
@@ -273,7 +271,7 @@ def load_pairs(cfg, device):
     for wrong, message in (
         (cfg.image_size or cfg.flip, "no images: leave out --image-size and --flip"),
         (not (is_file or cfg.dataset in PRESETS), "give inverse, robot, or a file that ends .csv"),
-        (cfg.targets and not is_file, "it has its own targets: --targets is for a .csv"),
+        (not is_file and (cfg.targets or cfg.inputs), "--targets, --inputs are for a .csv"),
     ):
         if wrong:
             raise UserError(f"--dataset {cfg.dataset}: {message}")
@@ -283,7 +281,7 @@ def load_pairs(cfg, device):
 
     held_out, mean, std = torch.arange(11_000) >= 1_000, torch.zeros(1), torch.ones(1)
     if is_file:
-        x, t, names = read_csv(cfg.dataset, cfg.targets)
+        x, t, names = read_csv(cfg.dataset, cfg.targets, cfg.inputs)
         held_out = torch.arange(len(x)) % 10 == 0
         mean, std = t[~held_out].mean(dim=0), t[~held_out].std(dim=0)
         if not std.all():
@@ -301,12 +299,8 @@ def load_pairs(cfg, device):
     return Pairs(*(part.to(device) for part in parts), names, cfg.optimizer == "bfgs")
 
 
-def read_csv(path, targets):
-    """x (N, d), t (N, c) and the targets' names, from a .csv whose first line names its columns.
-
-    targets: names with commas between them; all other columns are inputs. Raises UserError for a
-    file, a column, a line or a cell that cannot be used.
-    """
+def read_csv(path, targets, inputs=None):
+    """x (N, d), t (N, c) and the targets' names, of a .csv with a line of names; or UserError."""
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
             lines = csv.reader(file, skipinitialspace=True)
@@ -314,31 +308,32 @@ def read_csv(path, targets):
             rows = [(lines.line_num, row) for row in lines if row]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"cannot read {path} as a .csv in UTF-8: {error}") from None
-    t_names = [name.strip() for name in (targets or "").split(",")]
-    x_names = [name for name in header if name not in t_names]
-    unknown, shown = [name for name in t_names if name not in header], ", ".join(header[:12])
+    t_names, x_names = (
+        [n.strip() for n in (names or "").split(",")] for names in (targets, inputs)
+    )
+    x_names = x_names if inputs else [name for name in header if name not in t_names]
+    names, shown = x_names + t_names, ", ".join(header[:12])
+    unknown = ", ".join(name for name in names if name not in header)
     for wrong, message in (
         (len(set(header)) < len(header) or "" in header, "columns without a name of their own"),
         (not targets, f"--targets must name the columns to predict, of {shown}"),
-        (unknown, f"no column {', '.join(unknown)}: it has {shown}"),
-        (len(set(t_names)) < len(t_names), "--targets names a column twice"),
+        (unknown, f"no column {unknown}: it has {shown}"),
+        (len(set(names)) < len(names), "--targets and --inputs name a column twice"),
         (not x_names, "no column besides the targets to predict them from"),
         (len(rows) < 20, f"{len(rows)} cases: at least 20 are needed, 2 to be held out"),
     ):
         if wrong:
             raise UserError(f"{path}: {message}")
-    order, table = [header.index(name) for name in x_names + t_names], []
+    table = []
     for line, row in rows:
-        if len(row) != len(header):
-            raise UserError(f"{path}, line {line}: {len(row)} cells under {len(header)} names")
+        cells = dict(zip(header, row, strict=False))
         try:
-            table.append([float(row[i]) for i in order])
-        except ValueError as error:
-            raise UserError(f"{path}, line {line}: {error}") from None
+            table.append([float(cells[name]) for name in names])
+        except (KeyError, ValueError) as error:
+            raise UserError(f"{path}, line {line}: no number: {error}") from None
+        if len(row) != len(header) or not all(map(math.isfinite, table[-1])):
+            raise UserError(f"{path}, line {line}: not {len(header)} finite numbers")
     table = torch.tensor(table, dtype=torch.float64)
-    if not table.isfinite().all():
-        line = rows[(~table.isfinite()).any(dim=1).nonzero()[0]][0]
-        raise UserError(f"{path}, line {line}: a number that is not finite")
     return table[:, : len(x_names)], table[:, len(x_names) :], t_names
 
 
@@ -365,20 +360,14 @@ class Network(nn.Module):
 
 
 def starting_mixture(t, kernels):
-    """z ((c + 2) K,): kernels at some of the targets, as wide as their distribution.
-
-    Kernels that start at one place have almost the same gradient, and stay together for long.
-    """
+    """z ((c + 2) K,): kernels at some of the targets, apart so that their gradients differ."""
     mu = t[torch.randint(len(t), (kernels,))]
     log_sigma = t.std(dim=0).log().mean().expand(kernels)
     return torch.cat([0 * log_sigma, log_sigma, mu.flatten()])
 
 
 class BFGS(torch.optim.Optimizer):
-    """Quasi-Newton descent of objective() -> scalar: one cycle a step, float64, no learning rate.
-
-    H approximates the inverse Hessian; it is dense, as in 1994: (number of weights)² numbers.
-    """
+    """Quasi-Newton descent of objective() -> scalar, a cycle a step; H is dense, as in 1994."""
 
     def __init__(self, parameters, objective):
         super().__init__(parameters, {"lr": 1.0})
@@ -450,12 +439,13 @@ def train(cfg, net, pairs, error, device, stage=""):
 def evaluate(cfg, run, m, y, pairs):
     """Figures of the mixtures m and the least-squares network's y, in the targets' own units."""
 
-    def rmse(prediction):
-        return (pairs.std * (prediction - pairs.test_t)).square().sum(dim=1).mean().sqrt().item()
-
+    rmse = [
+        (pairs.std * (t - pairs.test_t)).square().sum(dim=1).mean().sqrt().item()
+        for t in (conditional_mean(m), y)
+    ]
     nll = pairs.std.log().sum() - log_density(m, pairs.test_t)
     figures = {"nll": nll.mean().item(), "standard_error": common.standard_error(nll)}
-    figures |= {"rmse_of_mean": rmse(conditional_mean(m)), "rmse_of_least_squares": rmse(y)}
+    figures |= {"rmse_of_mean": rmse[0], "rmse_of_least_squares": rmse[1]}
     if cfg.dataset == "inverse":
         entropy, variance = inverse_limits()
         figures |= {"entropy": entropy, "least_rmse": math.sqrt(variance)}

@@ -350,7 +350,18 @@ def test_any_csv_with_named_targets(call, table):
     assert "see run/samples.png" in out
     code, _, err = call("mdn", "--sample", "run/checkpoint.pt")
     assert code == 0, err
-    one = ["--dataset", table, "--targets", "u,a,b", "--optimizer", "bfgs", "--steps", "3"]
+    one = [
+        "--dataset",
+        table,
+        "--targets",
+        "a",
+        "--inputs",
+        "u",
+        "--optimizer",
+        "bfgs",
+        "--steps",
+        "3",
+    ]
     code, _, err = call("mdn", *one, "--out", "one")
     assert code == 0, err
 
@@ -379,6 +390,7 @@ def test_bad_input(refused, tmp_path, table):
         "twice.csv": good.replace("u, v ,", "v,v,"),
         "ragged.csv": good.replace(lines[7], "1,2,3"),
         "text.csv": good.replace(lines[7], "1,2,three,4"),
+        "long.csv": good.replace(lines[7], "1,2,3,4,5"),
         "nan.csv": good.replace(lines[7], "1,2,nan,4"),
         "constant.csv": "u,a\n" + "\n".join(f"{i},1" for i in range(30)),
     }
@@ -387,23 +399,26 @@ def test_bad_input(refused, tmp_path, table):
     (tmp_path / "binary.csv").write_bytes(bytes(range(128, 256)))
     cases = [
         (table, "a,c", "no column c: it has u, v, a, b"),
-        (table, "a,a", "names a column twice"),
+        (table, "a,a", "name a column twice"),
         (table, "u,v,a,b", "no column besides the targets"),
         (table, "", "--targets must name"),
         ("nowhere.csv", "a", "cannot read nowhere.csv"),
         ("empty.csv", "a", "no column a"),
         ("short.csv", "a", "8 cases: at least 20"),
         ("twice.csv", "a", "columns without a name of their own"),
-        ("ragged.csv", "a", "line 8: 3 cells under 4 names"),
-        ("text.csv", "a", "line 8: could not convert string to float: 'three'"),
-        ("nan.csv", "a", "line 8: a number that is not finite"),
+        ("ragged.csv", "a", "line 8: no number: 'b'"),
+        ("text.csv", "a", "line 8: no number: could not convert string to float: 'three'"),
+        ("long.csv", "a", "line 8: not 4 finite numbers"),
+        ("nan.csv", "a", "line 8: not 4 finite numbers"),
         ("constant.csv", "a", "'a' is the same in every case"),
         ("binary.csv", "a", "cannot read binary.csv as a .csv in UTF-8"),
-        ("inverse", "a", "--targets is for a .csv"),
+        ("inverse", "a", "--targets, --inputs are for a .csv"),
         ("moons", "", "give inverse, robot, or a file"),
     ]
     for dataset, targets, pattern in cases:
         refused(pattern, "mdn", *TINY, "--dataset", dataset, "--targets", targets)
+    refused("no column w", "mdn", "--dataset", table, "--targets", "a", "--inputs", "w")
+    refused("name a column twice", "mdn", "--dataset", table, "--targets", "a", "--inputs", "a")
     refused("no images", "mdn", *TINY, "--flip")
     refused("a number in", "mdn", "--weight-decay", "-1")
     refused("above 0", "mdn", "--sigma-min", "0")
