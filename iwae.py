@@ -45,9 +45,9 @@ class Config(common.Config):
     k: Count = 5  # samples of h for each image in training (Table 1: 1, 5, 50)
     latent: Sizes = (50,)  # units of every stochastic layer, from x up (Sec. 5.1: 50, or 100,50)
     hidden: Sizes = (200,)  # units of the two tanh layers of each (Sec. 5.1: 200, or 200,100)
-    steps: Natural = 5_000  # optimisation steps
+    steps: Natural = 3_000  # optimisation steps
     batch_size: Count = 100  # images per step (Sec. 5.1: 20)
-    lr: Positive = 3e-3  # peak learning rate of Adam (Sec. 5.1: 0.001)
+    lr: Positive = 6e-3  # peak learning rate of Adam (Sec. 5.1: 0.001)
     decay: Literal["constant", "linear", "cosine", "stages"] = "cosine"  # stages: as in Sec. 5.1
     adam_eps: Positive = 1e-8  # of Adam (Sec. 5.1: 1e-4)
     clip: Positive | None = None  # largest norm of the gradient
