@@ -178,12 +178,13 @@ def all_pairs(x_0, x_1, t):
 
 
 def diagnose(v, interpolant, x_0, x_1):
-    """How near v is to the minimum of G, from independent rows x_0, x_1 (B, ...): a dict.
+    """How near v is to the minimum of G, from independent x_0, x_1 of any two numbers: a dict.
 
     G + E|v|² is 0 at the minimum. So it is at v = 0: read it beside G and E|v|². The last two are
     v's errors in root mean square at t = 0 and t = 1, where the minimum is known.
     """
-    t = torch.rand(len(x_0), device=x_0.device)
+    n = min(len(x_0), len(x_1))
+    x_0, x_1, t = x_0[:n], x_1[:n], torch.rand(n, device=x_0.device)
     x_t, _ = interpolant(x_0, x_1, t)
     g, square = G(v, interpolant, x_0, x_1, t), v(x_t, t).square().flatten(1).sum(1).mean()
     v_0, v_1 = end_velocities(x_0, x_1, interpolant)
@@ -203,8 +204,6 @@ def end_velocities(x_0, x_1, interpolant):
 
 def sample_times(n, alpha, beta, device="cpu"):
     """n times, t ~ Beta(alpha, beta). Any density above 0 on (0, 1) leaves G's minimum in place."""
-    if alpha == beta == 1:
-        return torch.rand(n, device=device)
     return torch.distributions.Beta(alpha, beta).sample((n,)).to(device)
 
 
@@ -433,16 +432,10 @@ def continuous(data, x):
 
 
 def held_out(data, n):
-    """n examples that the training has not seen, or all there are, (n, ...)."""
+    """n examples that the training has not seen, or all there are, in random order, (n, ...)."""
     if isinstance(data, Gaussian):
         return data.batch(n)[0]
-    return continuous(data, common.to_float(data.test[:n]))
-
-
-def independent_pairs(source, target, n):
-    x_0, x_1 = held_out(source, n), held_out(target, n)
-    n = min(len(x_0), len(x_1))
-    return x_0[torch.randperm(len(x_0))[:n]], x_1[:n]
+    return continuous(data, common.to_float(data.test[torch.randperm(len(data.test))[:n]]))
 
 
 def eight_gaussians_log_prob(x):
@@ -483,19 +476,19 @@ def draw(cfg, run, source, n):
 
 def evaluate_vectors(cfg, run, source, target):
     """Report a flow's figures, and return rows of panels: the flow forwards, and backwards."""
-    v, n = run.ema, cfg.nll_examples
-    with torch.no_grad():
-        figures = diagnose(v, v.interpolant, *independent_pairs(source, target, HELD_OUT))
-    run.report("objective", flow=f"{source.name} to {target.name}", **figures)
-    rows = []
-    for start, end, times in ((source, target, (0.0, 1.0)), (target, source, (1.0, 0.0))):
+    v, n, rows = run.ema, cfg.nll_examples, []
+    ends = (source, held_out(source, HELD_OUT)), (target, held_out(target, HELD_OUT))
+    for times in ((0.0, 1.0), (1.0, 0.0)):
+        (start, x), (end, goal) = ends if times[1] else ends[::-1]
         flow = f"{start.name} to {end.name}"
+        if times[1]:
+            with torch.no_grad():
+                run.report("objective", flow=flow, **diagnose(v, v.interpolant, x, goal))
         if n and start.name in LOG_DENSITIES and isinstance(end, common.Data):
             known = LOG_DENSITIES[start.name], times[::-1]
             if isinstance(end, Table):  # to choose settings by
                 report_likelihood(cfg, run, "validation", end, end.validation[:n], *known)
             report_likelihood(cfg, run, "test", end, end.test[:n], *known, flow=flow)
-        x, goal = held_out(start, HELD_OUT), held_out(end, HELD_OUT)
         frames, nfe = transport(v, x, torch.linspace(*times, 5), **common.solver_options(cfg))
         distance = common.energy_distance(frames[-1, :5_000], goal[:5_000])
         run.report("samples", flow=flow, energy_distance=distance, evaluations=nfe)
@@ -525,9 +518,9 @@ def evaluate_images(cfg, run, source, target):
     rows = zip(x_0.split(8), x_1.split(8), strict=True)
     shown = x_1 if from_noise else torch.cat([torch.cat(pair) for pair in rows])
     common.save_images(run.folder / "samples.png", shown)
+    ends = held_out(source, 512), held_out(target, 512)
     with torch.no_grad():
-        pairs = independent_pairs(source, target, 512)
-        run.report("objective", **diagnose(run.ema, run.ema.interpolant, *pairs))
+        run.report("objective", **diagnose(run.ema, run.ema.interpolant, *ends))
     if cfg.nll_examples and from_noise:
         x_1 = held_out(target, cfg.nll_examples)
         report_likelihood(cfg, run, "test", target, x_1, LOG_DENSITIES[source.name])
@@ -552,10 +545,8 @@ def make_interpolant(cfg):
 
 def prepare(cfg, device, name, target, stage=""):
     """The run and the source of the flow that starts at the density of this name."""
-    if name == "normal":
-        source = Gaussian(name, torch.zeros(target.shape, device=device))
-    else:
-        source = load(cfg, name, device)
+    noise = Gaussian(name, torch.zeros(target.shape, device=device))
+    source = noise if name == "normal" else load(cfg, name, device)
     if source.shape != target.shape:
         shapes = f"{source.shape} and {target.shape}"
         raise UserError(f"--source {name} and --dataset {cfg.dataset} differ in shape: {shapes}")
@@ -574,9 +565,8 @@ def source_names(cfg):
     if cfg.source:
         names = cfg.source.split(",")
     elif cfg.dataset in common.DENSITIES:
-        names += [
-            "checkerboard" if cfg.dataset == "eight_gaussians" else "eight_gaussians"
-        ]  # Fig. 2
+        others = ("eight_gaussians", "checkerboard")
+        names.append(others[cfg.dataset == others[0]])  # Fig. 2
     if len(set(names)) < len(names):
         raise UserError(f"--source {cfg.source} names a density twice")
     if cfg.learn and not cfg.time_alpha == cfg.time_beta == 1:
@@ -617,8 +607,9 @@ def main(cfg):
         bound(cfg)
         return
     device = common.setup(cfg)
-    target = load(cfg, cfg.dataset, device)
-    flows = []
+    target, flows = load(cfg, cfg.dataset, device), []
+    if target.is_image and len(names) > 1:
+        raise UserError(f"--source {cfg.source}: images take one, which samples.png starts from")
     for name in names:
         run, source = prepare(cfg, device, name, target, stage=Path(name).stem if flows else "")
         if not cfg.sample:

@@ -466,7 +466,8 @@ def test_best_coefficients_approach_optimal_transport(terms, value):
 def test_training_learns_the_best_coefficients(tmp_path):
     """Velocity and interpolant, trained against each other, reach the saddle of RHO_0, RHO_1."""
     torch.set_default_dtype(torch.float32)
-    cfg = it.Config(out=str(tmp_path), steps=800, lr=2e-2, device="cpu", learn=True)
+    cfg = it.Config(out=str(tmp_path), steps=600, lr=2e-2, device="cpu", learn=True)
+    cfg.batch_size = 384
     ends = [Gaussian("", rho.mean.float(), rho.root.float()) for rho in (RHO_0, RHO_1)]
     net = it.InterFlow(it.AffineVelocity(2), it.make_interpolant(cfg))
     run = common.Run(cfg, net, torch.device("cpu"))
@@ -602,12 +603,12 @@ def test_pairs_for_the_diagnostics_are_independent():
     device = torch.device("cpu")
     cfg = it.Config()
     source, target = (it.load(cfg, name, device) for name in ("eight_gaussians", "checkerboard"))
-    x_0, x_1 = it.independent_pairs(source, target, 20_000)
+    x_0, x_1 = it.held_out(source, 20_000), it.held_out(target, 20_000)
     assert abs(torch.corrcoef(torch.cat([x_0, x_1], dim=1).T)[:2, 2:]).max() < 0.035  # 5 / sqrt(n)
     together = torch.cat([source.test[:20_000], target.test[:20_000]], dim=1)
     assert abs(torch.corrcoef(together.T)[:2, 2:]).max() > 0.1
-    few = Gaussian("normal", torch.zeros(2))
-    assert len(it.independent_pairs(few, target, 7)[0]) == 7
+    few = it.diagnose(lambda x, t: x, LINEAR, x_0[:7], x_1)  # as many of each as there are of both
+    assert all(map(math.isfinite, few.values()))
 
 
 def test_images_are_dequantised():
@@ -647,7 +648,7 @@ def test_losses_and_samplers_keep_to_their_device(learn):
 @pytest.mark.parametrize("source", ["normal", "eight_gaussians"])
 def test_a_short_training_learns_the_checkerboard(tmp_path, source):
     torch.set_default_dtype(torch.float32)
-    cfg = it.Config(out=str(tmp_path), steps=300, batch_size=256, device="cpu")
+    cfg = it.Config(out=str(tmp_path), steps=200, batch_size=256, device="cpu")
     device = common.setup(cfg)
     target = it.load(cfg, "checkerboard", device)
     run, base = it.prepare(cfg, device, source, target)
@@ -668,7 +669,7 @@ def test_a_short_training_learns_the_checkerboard(tmp_path, source):
     if source == "normal":
         log_rho, solver = it.LOG_DENSITIES[source], {"method": "midpoint", "steps": 20}
         log_p, _ = it.log_prob(run.ema, target.test[:500], log_rho, **solver)
-        assert -log_p.mean().item() < 2.7  # the entropy is log 8 = 2.08; the start has 3.2
+        assert -log_p.mean().item() < 2.8  # the entropy is log 8 = 2.08; the start has 3.2
 
 
 def test_all_pairs_train_as_well(tmp_path):
@@ -745,7 +746,7 @@ def test_table_run(call):
     assert np.load("runs/interflow-table.csv/samples.npz")["arr_0"].shape == (3, 3)
 
 
-def test_images(call, pictures):
+def test_images(call, refused, pictures):
     arguments = [*TINY[2:], "--mult", "1,1", "--blocks", "1", "--tol", "0.1", "--dataset"]
     arguments += [pictures(), "--image-size", "16", "--time-beta", "0.75"]
     code, out, err = call("interflow", *arguments, "--num-samples", "2", "--out", "noise")
@@ -756,6 +757,7 @@ def test_images(call, pictures):
     code, out, err = call("interflow", *arguments, "--source", other, "--out", "pairs")
     assert code == 0, err
     assert "bits_per_dim" not in out
+    refused("images take one", "interflow", *arguments, "--source", f"normal,{other}")
 
 
 BAD_FLAGS = [
