@@ -73,11 +73,11 @@ def score(x):
 def test_constants_between_the_objectives(name):
     """J_ESM - J_ISM = d / (2 (v + sigma²)); J_DSM - J_ESM = d v / (2 sigma² (v + sigma²))."""
     psi = PSIS[name]
-    J_ESM = mean(dsm.J_ESM(psi, score, X_TILDE))
-    J_ISM = mean(dsm.J_ISM(psi, X_TILDE).detach())
-    J_DSM = mean(dsm.J_DSM(psi, X, X_TILDE, SIGMA))
-    assert J_ESM == pytest.approx(J_ISM + D / (2 * TOTAL), rel=1e-9)
-    assert J_DSM == pytest.approx(J_ESM + D * V / (2 * SIGMA**2 * TOTAL), rel=1e-9)
+    explicit = mean(dsm.J_ESM(psi, score, X_TILDE))
+    implicit = mean(dsm.J_ISM(psi, X_TILDE).detach())
+    denoising = mean(dsm.J_DSM(psi, X, X_TILDE, SIGMA))
+    assert explicit == pytest.approx(implicit + D / (2 * TOTAL), rel=1e-9)
+    assert denoising == pytest.approx(explicit + D * V / (2 * SIGMA**2 * TOTAL), rel=1e-9)
 
 
 def test_values_of_the_objectives():
@@ -407,7 +407,7 @@ def test_settings_that_do_not_go_together(settings, pattern):
 
 
 BAD_FLAGS = [
-    ("--objective ism --dataset pictures", "a backward pass for each of 768 dimensions"),
+    ("--objective ism --dataset pictures", "takes 768 backward passes"),
     ("--objective gan", "invalid choice"),
     ("--sigma 0", "a number above 0"),
     ("--levels 0", "at least 1"),
