@@ -204,6 +204,17 @@ def test_minibatches_estimate_the_whole(tmp_path):
     assert_close(torch.stack(parts).mean(), whole)
 
 
+def test_the_prior_on_the_weights():
+    """MAP: the optimiser's decay is the gradient of -log N(theta; 0, I) / N."""
+    theta = nn.Parameter(torch.randn(5))
+    (expected,) = torch.autograd.grad(-vae.log_prior(theta) / 40, theta)
+    for method, share in (("aevb", 1), ("full-vb", 0)):
+        cfg = vae.Config(method=method)
+        (group,) = vae.optimizer(cfg, 40)([theta]).param_groups
+        assert_close(group["weight_decay"] * theta.detach(), share * expected)
+    assert vae.optimizer(vae.Config(map=False), 40)([theta]).param_groups[0]["weight_decay"] == 0
+
+
 def test_wake_sleep_keeps_its_two_halves_apart():
     net, x = small()
     torch.manual_seed(3)
