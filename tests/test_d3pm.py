@@ -306,7 +306,7 @@ def settings(**changes):
 
 def grammar(**changes):
     cfg = settings(**d3pm.PRESETS["grammar"] | changes)
-    return cfg, d3pm.Text(cfg, d3pm.sentences(300, 54, 0), d3pm.sentences(99, 54, 1), "cpu", 54)
+    return cfg, d3pm.Text(cfg, d3pm.sentences(300, 37, 0), d3pm.sentences(99, 37, 1), "cpu", 37)
 
 
 @every_family
@@ -428,7 +428,7 @@ def test_an_untrained_network_takes_log_K_bits():
     bits = d3pm.held_out_bits(dataclasses.replace(cfg, bound_examples=4), net, data, chain)
     assert_close(bits, torch.full((4,), math.log2(data.symbols)), rtol=0, atol=1.0)
     nats = [d3pm.bound(net, chain, data.test[:64], 9) for _ in range(4)]
-    mean = torch.cat(nats).mean() / (54 * math.log(2))
+    mean = torch.cat(nats).mean() / (37 * math.log(2))
     assert_close(mean.item(), math.log2(data.symbols), rtol=0, atol=0.03)
 
 
@@ -510,8 +510,8 @@ def test_the_mask_is_never_predicted():
     net, chain = Denoiser(cfg, data), d3pm.make_chain(cfg, data)
     log_p_0 = net(data.test[:2], torch.tensor([0.1, 0.9]))
     assert (log_p_0[..., -1] == d3pm.NEVER).all()
-    assert_close(log_p_0.exp().sum(-1), torch.ones(2, 54))
-    states = list(d3pm.reverse(net, chain, chain.draw_prior(3, 54)))
+    assert_close(log_p_0.exp().sum(-1), torch.ones(2, 37))
+    states = list(d3pm.reverse(net, chain, chain.draw_prior(3, 37)))
     assert [t for t, _ in states] == list(range(64, -1, -1))
     assert (states[0][1] == data.mask).all()
     assert (states[-1][1] < data.mask).all()
@@ -624,18 +624,15 @@ def test_gradients_are_finite(family, form):
 
 
 def test_the_grammar():
-    text = d3pm.sentences(300, 54, 0)
-    lines = [text[i : i + 54] for i in range(0, len(text), 54)]
+    text = d3pm.sentences(300, 40, 0)
+    lines = [text[i : i + 40] for i in range(0, len(text), 40)]
     assert all(d3pm.is_true(line) for line in lines)
     assert len(set(lines)) == 300
     assert math.prod(map(len, d3pm.SLOTS)) == 2**d3pm.ENTROPY
-    assert d3pm.is_true("two red cats met six shy owls: eight in all.")
-    assert d3pm.is_true("two red cats met six shy owls: nine in all.  ") is False
-    assert d3pm.is_true("two red cats met six shy owl: eight in all.") is None
-    longest = max(len(f"{a} {b} grey mice met {c} grey") for a in "x" for b in "y" for c in "z")
-    assert longest < 54
-    assert max(len(line.rstrip()) for line in lines) <= d3pm.LONGEST
-    assert d3pm.is_true("three grey dogs met eight grey mice: eleven in all.")
+    assert max(len(line.rstrip()) for line in lines) == d3pm.LONGEST
+    assert d3pm.is_true("2 red cats met 6 shy owls: 8 in all.")
+    assert d3pm.is_true("2 red cats met 6 shy owls: 9 in all.  ") is False
+    assert d3pm.is_true("2 red cats met 6 shy owl: 8 in all.") is None
 
 
 def test_text_is_cropped_at_its_stride():
@@ -726,7 +723,7 @@ def test_bad_input(refused, pictures):
     refused("too short for examples of 128", "d3pm", *TINY, "--dataset", "short.txt")
     refused("cannot read binary.txt as text", "d3pm", *TINY, "--dataset", "binary.txt")
     refused("moons is not discrete", "d3pm", *TINY, "--dataset", "moons")
-    refused("sentences take 54", "d3pm", *TINY, "--length", "53")
+    refused("sentences take 37", "d3pm", *TINY, "--length", "36")
     refused("logistic is for .* images", "d3pm", *words, "--head", "logistic")
     refused("tables of 9999 x 256", "d3pm", *images, "--T", "9999", "--levels", "256")
     refused("--levels: must be", "d3pm", *images, "--levels", "1")
