@@ -59,7 +59,7 @@ class Config(common.Config):
     corrector_steps: Natural = 1  # M, Langevin steps after each predictor step (App. H.1: 1 or 0)
     snr: Positive = 0.16  # r, signal-to-noise ratio of the Langevin steps (App. H.1)
     tol: Positive = 1e-5  # atol = rtol of the ODE solver (App. D.2, D.4)
-    nll_examples: Natural = 4_000  # held-out examples whose likelihood is computed
+    nll_examples: Natural = 2_000  # held-out examples whose likelihood is computed
     nll_repeats: Count = 1  # dequantisations and probes averaged per image (App. D.2: 5)
     divergence: Literal["exact", "rademacher", "gaussian"] = "exact"  # exact, or Eq. 40's probe
     classifier_steps: Natural = 1_000  # of training p_t(y | x), App. I.1; 0: no classifier
@@ -485,30 +485,25 @@ def evaluate_vectors(cfg, run, data, sde, score, sample, flow, with_classes):
     run.report("samples", **far, pc_evaluations=nfe_sde, ode_evaluations=nfe_ode)
     clouds = {"data": test, "reverse SDE, PC": by_sde, "probability flow ODE": by_ode}
     if with_classes:
-        y = torch.arange(5_000, device=run.device) % (data.num_classes // 2)
+        y = torch.arange(3_000, device=run.device) % (data.num_classes // 2)
         clouds["half of the classes"] = x = sample(x_1[: len(y)], y)[0]
         run.report("classes", samples_near_their_class=agreement(x, y, data))
     bound = 1.3 * test.abs().max().item()
-    y = (torch.arange(5_000, device=run.device) % 6 - 2.5) * (bound / 4)  # six values
+    y = (torch.arange(3_000, device=run.device) % 6 - 2.5) * (bound / 4)  # six values
     impute = imputation(y[:, None], torch.tensor([True, False], device=run.device), sde)
     clouds["x_2 for six values of x_1"], _ = sample(x_1[: len(y)], impute=impute)
     panels = [(title, common.density_image(x, bound, bins=64)) for title, x in clouds.items()]
-    side = (torch.arange(96, device=run.device) + 0.5) * (2 * bound / 96) - bound
-    density, _ = log_prob(score, sde, torch.cartesian_prod(side, side), method="rk4", steps=25)
-    panels.append(("the ODE's exact density", common.heat_image(density.exp().view(96, 96).cpu())))
+    side = (torch.arange(64, device=run.device) + 0.5) * (2 * bound / 64) - bound
+    density, _ = log_prob(score, sde, torch.cartesian_prod(side, side), method="rk4", steps=20)
+    panels.append(("the ODE's exact density", common.heat_image(density.exp().view(64, 64).cpu())))
     times = torch.linspace(1, sde.eps_sample, len(trace))
-    lines, _ = follow(score, sde, x_1[:12], times, method="rk4", steps=1)
-    for title, paths in (("SDE", torch.stack(trace)[:, :12]), ("ODE, same starts", lines)):
-        panels.append((f"x_1 from t = 1 to 0: {title}", path_image(paths, times, sde, bound)))
+    sizes = torch.stack(sde.kernel(times)).norm(dim=0)[:, None]  # sqrt(a² + std²)
+    by_ode, _ = follow(score, sde, x_1[:12], times, method="rk4", steps=1)
+    for title, x in (("SDE", torch.stack(trace)[:, :12]), ("ODE, same starts", by_ode)):
+        curves = (x[..., 0].cpu() / sizes).T
+        lines = [("line", torch.stack([1 - times, x], 1), "#3c50a8", 1) for x in curves]
+        panels.append((f"x_1 from t = 1 to 0: {title}", common.chart(lines, (0, 1, -3, 3))))
     common.save_panels(run.folder / "samples.png", panels[:4], panels[4:])
-
-
-def path_image(lines, times, sde, bound):
-    """The first coordinate, over sqrt(a² + std²), of lines (T, N, 2) against 1 - t."""
-    times = times.to(lines)[:, None]
-    a, std = sde.kernel(times)
-    x = lines[..., 0] / torch.sqrt(a**2 + std**2)
-    return common.trajectory_image(torch.stack([bound * (1 - 2 * times).expand_as(x), x], 2), bound)
 
 
 def agreement(x, y, data):
@@ -576,9 +571,10 @@ def independent_pixels(train, test):
 
 
 def compare(cfg, data, device):
-    """On 2-D data, Table 1 for every SDE; then App. D.5, the codes of the sub-VP SDE's network
-    beside those of another one of half the width."""
-    steps, table, codes = (cfg.sampler_steps // 4, cfg.sampler_steps), [], []
+    """On 2-D data, Table 1: every SDE's samplers at equal numbers of evaluations, M corrector steps
+    after each predictor step; and App. D.5: codes by two networks, one of half the width."""
+    budgets = cfg.sampler_steps // 2, cfg.sampler_steps, 2 * cfg.sampler_steps
+    solver, test, table, codes = {"rtol": cfg.tol, "atol": cfg.tol}, data.test[:10_000], [], []
     networks = [(name, cfg.width) for name in ("ve", "vp", "subvp")]
     for name, width in [*networks, ("subvp", math.ceil(cfg.width / 2))]:
         out = common.free_folder(f"{cfg.out}/{name}-{width}")
@@ -586,41 +582,28 @@ def compare(cfg, data, device):
         run, sde = prepare(here, data, device)
         run.say(f"training with the {name} SDE, width {width}")
         train(here, run, data, sde)
-        score, solver = score_model(run.ema, sde, cfg.score), {"rtol": cfg.tol, "atol": cfg.tol}
-        codes.append(follow(score, sde, data.test[:2_000], (sde.eps, 1), **solver)[0])  # App. D.5
-        if len(codes) <= len(networks):
-            table += samplers_table(name, score, sde, data, steps, cfg.snr)
-    floor = 1e3 * common.energy_distance(data.train[:5_000], data.test[:10_000])
+        score, x_1 = score_model(run.ema, sde, cfg.score), sde.prior(5_000, 2, device=device)
+        codes.append(follow(score, sde, test[:2_000], (sde.eps, 1), **solver)[0])
+        samplers = [(predictor, M) for predictor in PREDICTORS for M in (0, 1)] + [("none", 2)]
+        for predictor, M in samplers if len(codes) < 4 else ():
+            if (name, predictor) == ("subvp", "ancestral"):
+                continue
+            row = f"{name:6}{predictor:18}{M:2}"
+            for nfe in budgets:
+                steps = nfe // ((predictor != "none") + M)
+                x, _ = pc_sample(score, sde, x_1, steps, predictor, M, cfg.snr)
+                row += f"{1e3 * common.energy_distance(x, test):8.2f}"
+            table.append(row)  # Table 1
+        for tol in (1e-2, 1e-3, 1e-5) if len(codes) < 4 else ():
+            x, nfe = follow(score, sde, x_1, (1, sde.eps_sample), rtol=tol, atol=tol)
+            distance = 1e3 * common.energy_distance(x, test)
+            table.append(f"{name:6}ODE, tolerance {tol:.0e}{distance:8.2f} ({nfe} evaluations)")
     print("1000 times the energy distance of 5000 samples to 10000 points of the data")
-    titles = [t for N in steps for t in (f"P{N}", f"P{2 * N}", f"C{2 * N}", f"PC{N}")]
-    print(" " * 26 + "".join(f"{title:>8}" for title in titles), *table, sep="\n")
-    print(f"{'data':26}{floor:8.2f}")
-    a, b = codes[-2:]
+    print(f"{'SDE':6}{'predictor':19}M" + "".join(f"{n:8}" for n in budgets), *table, sep="\n")
+    print(f"{'data':26}{1e3 * common.energy_distance(data.train[:5_000], test):8.2f}")
+    a, b = codes[-2:]  # App. D.5
     apart, shuffled = ((a - c).square().mean().sqrt().item() for c in (b, b.roll(1, 0)))
     print(f"codes of two networks: {apart:.3f} apart, {shuffled:.3f} if shuffled")
-
-
-def samplers_table(name, score, sde, data, steps, snr):
-    """Rows of Table 1. For every N of steps: N predictor steps (P), 2 N of them, 2 N corrector
-    steps (C), N of both (PC). Then the probability flow ODE by dopri5."""
-
-    def distance(sampler, *options, **solver):
-        x_1 = sde.prior(5_000, 2, device=data.test.device)
-        x, nfe = sampler(score, sde, x_1, *options, **solver)
-        return 1e3 * common.energy_distance(x, data.test[:10_000]), nfe
-
-    C = {N: distance(pc_sample, N, "none", 2, snr)[0] for N in steps}
-    for predictor in PREDICTORS:
-        if (name, predictor) != ("subvp", "ancestral"):
-            row = f"{name:6}{predictor:20}"
-            for N in steps:
-                runs = ((N, 0), (2 * N, 0), (N, 1))
-                P, P_2, PC = (distance(pc_sample, n, predictor, M, snr)[0] for n, M in runs)
-                row += f"{P:8.2f}{P_2:8.2f}{C[N]:8.2f}{PC:8.2f}"  # Table 1
-            yield row
-    for tol in (1e-2, 1e-3, 1e-5):
-        value, nfe = distance(follow, (1, sde.eps_sample), rtol=tol, atol=tol)
-        yield f"{name:6}{f'ODE, tolerance {tol:.0e}':20}{value:8.2f}  {nfe} evaluations"
 
 
 def main(cfg):

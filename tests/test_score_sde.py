@@ -689,7 +689,7 @@ def test_compare_prints_the_table(call, monkeypatch):
     kinds = {}
 
     def pc_sample(score, sde, x, steps, predictor, correctors, snr):
-        kinds.setdefault((type(sde).__name__, predictor), []).append((steps, correctors))
+        kinds.setdefault((predictor, correctors), []).append(steps)
         return x, 0
 
     monkeypatch.setattr(score_sde, "pc_sample", pc_sample)
@@ -697,16 +697,17 @@ def test_compare_prints_the_table(call, monkeypatch):
     monkeypatch.setattr(common, "energy_distance", lambda x, y: 0.0)
     code, out, err = call("score_sde", *TINY, "--sampler-steps", "84", "--compare")
     assert code == 0, err
-    assert "P21     P42     C42    PC21     P84    P168    C168    PC84" in out
-    rows = [line.split()[:2] for line in out.splitlines()]
+    assert "M      42      84     168" in out
+    rows = [line.split()[:3] for line in out.splitlines()]
     rows = [row for row in rows if row and row[0] in ("ve", "vp", "subvp")]
-    names = [*score_sde.PREDICTORS, "ODE,", "ODE,", "ODE,"]
-    expected = [[sde, name] for sde in ("ve", "vp", "subvp") for name in names]
-    expected.remove(["subvp", "ancestral"])
+    both = [(name, M) for name in score_sde.PREDICTORS for M in "01"] + [("none", "2")]
+    both += [("ODE,", "tolerance")] * 3
+    expected = [[sde, *row] for sde in ("ve", "vp", "subvp") for row in both]
+    expected = [row for row in expected if row[:2] != ["subvp", "ancestral"]]
     assert rows == expected
-    for (_, predictor), runs in kinds.items():
-        both = [(21, 0), (42, 0), (21, 1), (84, 0), (168, 0), (84, 1)]
-        assert runs == ([(21, 2), (84, 2)] if predictor == "none" else both)
+    for (predictor, M), steps in kinds.items():
+        per_step = M + (predictor != "none")
+        assert steps[:3] == [42 // per_step, 84 // per_step, 168 // per_step]
     assert "codes of two networks: 0.000 apart" in out  # `follow` gives back the same points
 
 
