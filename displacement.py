@@ -428,13 +428,8 @@ def around(*curves):
 
 
 def hue(h, alpha=255):
-    """A colour of the wheel; h has period 1."""
+    """A colour of the wheel, of period 1. Time t is 0.67 + 0.4 t: from blue to orange."""
     return (*(int(140 + 110 * math.cos(2 * math.pi * (h - k / 3))) for k in range(3)), alpha)
-
-
-def hue_at(t, alpha=255):
-    """Time as a colour: blue at t = 0, orange at t = 1."""
-    return hue(0.67 + 0.4 * float(t), alpha)
 
 
 def evaluate_line(run):
@@ -463,9 +458,9 @@ def evaluate_line(run):
     for name, path in ("displacement (teal)", displacement), ("mixture (red)", mixture):
         shapes = []
         for k in range(0, 41, 5):  # from the back, t = 0, to the front, t = 1
-            ridge = curve(x, histogram(*path[k], edges) / edges.diff() - 0.08 * k)
-            shapes.append(("fill", ridge, hue_at(times[k], 80), 0))
-            shapes.append(("line", ridge, hue_at(times[k]), 0.7))
+            ridge, h = histogram(*path[k], edges) / edges.diff() - 0.08 * k, 0.67 + 0.01 * k
+            shapes.append(("fill", curve(x, ridge), hue(h, 80), 0))
+            shapes.append(("line", curve(x, ridge), hue(h), 0.7))
         row.append((name, common.chart(shapes, (-6.5, 6.5, -3.4, 0.8), (300, 280))))
     paths = displacement, mixture
     curves = [torch.stack([energies(*law) for law in path], dim=1) for path in paths]
@@ -531,11 +526,10 @@ def evaluate_gaussians(run):
     angle = grid(0, 2 * math.pi, 97)
     circle = 2 * torch.stack([angle.cos(), angle.sin()], dim=1)
     shapes = [("line", path, "#787d8c6e", 0.4) for path in x.unbind(1)]
-    for t, (m, S) in zip(times, laws, strict=True):
-        ellipse = m + circle @ square_root(S)
-        shapes.append(("fill", ellipse, hue_at(t, 26), 0))
-        shapes.append(("line", ellipse, hue_at(t), 1))
-    shapes += [("dots", x[k], hue_at(times[k]), 1) for k in (0, -1)]
+    for k, (m, S) in enumerate(laws):
+        ellipse, h = m + circle @ square_root(S), 0.67 + 0.05 * k
+        shapes += [("fill", ellipse, hue(h, 26), 0), ("line", ellipse, hue(h), 1)]
+    shapes += [("dots", x[k], hue(0.67 + 0.05 * k), 1) for k in (0, 8)]
     image = common.chart(shapes, (-6.9, 6.9, -2.7, 2.9), (484, 196))
     return [("Gaussians: the flow of v(x, t) = T(x_0) - x_0", image)]
 

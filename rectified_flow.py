@@ -46,13 +46,13 @@ class Config(common.Config):
     source: str = "noise"  # source pi_0: noise, a data set's name, or a folder of images
     classes: Classes | None = None  # A,B: from the source's class A (of --dataset if noise) to B
     smoothing: Positive | None = None  # deviation of the noise added to a source of data (Sec. 2.2)
-    steps: Natural = 7_000  # optimisation steps of the first round
+    steps: Natural = 5_000  # optimisation steps of the first round
     later: Positive = 0.5  # share of --steps that every later round takes, and the distillation
     batch_size: Count = 512  # examples per step, over all processes together
     lr: Positive = 4e-3  # peak learning rate of Adam
     interpolation: Literal["linear", "vp", "sub-vp", "vp-speed"] = "linear"  # X_t (Sec. 2.3)
     rounds: Count = 2  # K: rectify K times, each time on the pairs of the flow before (Alg. 4)
-    pairs: Count = 30_000  # simulated pairs (Z_0, Z_1) that a later round learns from
+    pairs: Count = 20_000  # simulated pairs (Z_0, Z_1) that a later round learns from
     distill: Natural = 1  # Euler steps k of the model distilled in the end (App. A); 0: none
     solver: Literal["euler", "dopri5"] = "euler"  # full simulation (Sec. 5: Euler, or RK45)
     nfe: Count = 100  # N, Euler's steps of a full simulation (Sec. 5.1)
