@@ -295,24 +295,18 @@ def kl_divergence(log_q, log_p):
 def gaussian_kernel(K, beta):
     """exp(-4 n² / ((K - 1)² beta)), normalised over n = 1-K ... K-1: beta (T,) -> (T, 2 K - 1)."""
     n = torch.arange(1 - K, K, dtype=torch.float64)
-    return torch.softmax(-4 * n**2 / ((K - 1) ** 2 * beta[:, None]), dim=1)
+    return torch.softmax(-4 * n**2 / ((K - 1) ** 2 * beta[:, None]), dim=1)  # Eq. 8
+
+
+def band_kernel(K, beta, v):
+    return beta[:, None] / K * (torch.arange(1 - K, K).abs() <= v)  # Eq. 10
 
 
 def toeplitz(kernel):
-    """Off-diagonals from kernel (T, 2 K - 1); a row's rest stays: doubly stochastic (T, K, K)."""
-    K = (kernel.shape[1] + 1) // 2
-    i = torch.arange(K)
-    Q = kernel[:, i - i[:, None] + K - 1] * (i != i[:, None])
+    """Off-diagonals from kernel (T, 2 K - 1), what a row lacks on the diagonal: (T, K, K)."""
+    i = torch.arange((kernel.shape[1] + 1) // 2)
+    Q = kernel[:, i - i[:, None] + len(i) - 1] * (i != i[:, None])
     return Q + torch.diag_embed(1 - Q.sum(2))
-
-
-def gaussian(K, beta):
-    return toeplitz(gaussian_kernel(K, beta))  # Eq. 8
-
-
-def band_diagonal(K, beta, v):
-    n = torch.arange(1 - K, K)
-    return toeplitz(beta[:, None] / K * (n.abs() <= v))  # Eq. 10
 
 
 def gaussian_betas(K, T):
@@ -320,8 +314,7 @@ def gaussian_betas(K, T):
     beta = torch.linspace(1e-4, 0.02, T, dtype=torch.float64) * (1000 / T)
 
     def variance(K, beta):  # of a step, relative to the range
-        n = torch.linspace(-1, 1, 2 * K - 1, dtype=torch.float64)
-        return gaussian_kernel(K, beta) @ n**2
+        return gaussian_kernel(K, beta) @ torch.linspace(-1, 1, 2 * K - 1, dtype=torch.float64) ** 2
 
     low, high = torch.full_like(beta, 1e-6), torch.full_like(beta, 1e6)
     for _ in range(60):
@@ -329,6 +322,12 @@ def gaussian_betas(K, T):
         small = variance(K, middle) < variance(256, beta)
         low, high = torch.where(small, middle, low), torch.where(small, high, middle)
     return middle
+
+
+def bigram_embedding(x, K):
+    """Embeddings of the tokens in x (N,), (K, 2 K): roots of what follows and what precedes."""
+    counts = torch.bincount(x[:-1] * K + x[1:], minlength=K * K).view(K, K).double() + 0.01
+    return torch.cat([n / n.sum(1, keepdim=True) for n in (counts, counts.T)], dim=1).sqrt()
 
 
 def neighbour_rate(w, k):
@@ -339,25 +338,16 @@ def neighbour_rate(w, k):
     return A - torch.diag(A.sum(1))  # Eq. 9
 
 
-def bigram_embedding(x, K):
-    """Embeddings of the tokens in x (N,), (K, 2 K): roots of what follows and what precedes."""
-    counts = torch.bincount(x[:-1] * K + x[1:], minlength=K * K).view(K, K).double() + 0.01
-    rows = torch.cat([counts / counts.sum(1, keepdim=True), counts.T / counts.sum(0)[:, None]], 1)
-    return rows.sqrt()
-
-
-def linear_schedule(T):
-    return (1 - torch.linspace(0.02, 1, T, dtype=torch.float64)).cumprod(0)  # App. B.1, uniform
-
-
-def cosine_schedule(T, s=0.008):
-    t = torch.arange(T, dtype=torch.float64)
-    f = torch.cos((t / T + s) / (1 + s) * (math.pi / 2))  # Eq. 18, Departure 3
-    return F.pad(f[1:] / f[0], (0, 1))  # f(T) = 0
-
-
-def reciprocal_schedule(T):
-    return 1 - torch.arange(1, T + 1, dtype=torch.float64) / T  # beta = 1 / (T - t + 1), Sec. 3.2
+def alpha_bar(schedule, T):
+    """alpha_bar_0 = 1 ... alpha_bar_T = 0, (T + 1,)."""
+    t = torch.arange(T + 1, dtype=torch.float64)
+    if schedule == "linear":
+        beta = torch.linspace(0.02, 1, T, dtype=torch.float64)  # App. B.1, uniform
+        return F.pad((1 - beta).cumprod(0), (1, 0), value=1.0)
+    if schedule == "cosine":
+        f = torch.cos((t / T + 0.008) / 1.008 * (math.pi / 2))  # Eq. 18, Departure 3
+        return torch.where(t < T, f / f[0], 0.0)
+    return 1 - t / T  # "reciprocal": beta_t = 1 / (T - t + 1), Sec. 3.2
 
 
 def information(p_0, Q):
@@ -366,17 +356,17 @@ def information(p_0, Q):
 
 
 def mutual_schedule(p_0, Q_bar, T):
-    """Exponents a_1 ... a_T for which I(x_t; x_0) = (1 - t / T) H(x_0); Q_bar(a) is (K, K)."""
+    """Exponents a_0 = 0 ... a_T for which I(x_t; x_0) = (1 - t / T) H(x_0); Q_bar(a) is (K, K)."""
     nodes = torch.logspace(-8, 5, 1024, dtype=torch.float64)
     entropy = -(p_0 * log(p_0)).sum()
     lost = 1 - torch.stack([information(p_0, Q_bar(a)) for a in nodes]) / entropy
-    a = np.interp(np.arange(1, T) / T, lost.numpy(), nodes.log().numpy())  # Eq. 17
+    a = np.exp(np.interp(np.arange(1, T) / T, lost.numpy(), nodes.log().numpy()))  # Eq. 17
     end = nodes[min(int((lost < 1 - 1e-9).sum()), len(nodes) - 1)]  # as good as forgotten
-    return torch.cat([torch.from_numpy(np.exp(a)), end[None]])
+    return torch.cat([torch.zeros(1), torch.from_numpy(a), end[None]])
 
 
-OWN = {"gaussian": "linear", "band": "linear", "neighbours": "mutual"}  # App. B.1, B.2
-USUAL = {"uniform": "cosine", "absorbing": "reciprocal", "mixed": "mutual"}
+SCHEDULES = {"gaussian": "linear", "band": "linear", "neighbours": "mutual"}  # they have no other
+DEFAULTS = {"uniform": "cosine", "absorbing": "reciprocal", "mixed": "mutual"}  # App. B.1, B.2
 
 
 def make_chain(cfg, data):
@@ -384,18 +374,18 @@ def make_chain(cfg, data):
 
     Raises UserError for a schedule that the family does not have, and if x_T still knows x_0.
     """
-    K, T, family, one = data.K, cfg.T, cfg.family, torch.ones(1, dtype=torch.float64)
+    K, T, family = data.K, cfg.T, cfg.family
+    schedule = cfg.schedule or (SCHEDULES | DEFAULTS)[family]
     tokens = data.examples.flatten().long().cpu()
-    p_0 = torch.bincount(tokens, minlength=K) / (one * len(tokens))
-    schedule = cfg.schedule or (OWN | USUAL)[family]
-    if family in OWN and schedule != OWN[family]:
-        raise UserError(f"--schedule {schedule}: --family {family} has a {OWN[family]} one alone")
-    if family in ("gaussian", "band") and T * K**2 > 2**27:
-        raise UserError(f"--family {family}: its tables of {T} x {K} x {K} are too large")
-    if family == "gaussian":
-        chain = Table(gaussian(K, gaussian_betas(K, T)))
-    elif family == "band":
-        chain = Table(band_diagonal(K, torch.linspace(0.02, 1, T).double(), cfg.band))
+    p_0 = torch.bincount(tokens, minlength=K).double() / len(tokens)
+    if schedule != SCHEDULES.get(family, schedule):
+        raise UserError(f"--schedule {schedule}: --family {family} has its own alone")
+    if schedule == "linear" and family in SCHEDULES:
+        if T * K**2 > 2**27:
+            raise UserError(f"--family {family}: its tables of {T} x {K} x {K} are too large")
+        band = band_kernel(K, torch.linspace(0.02, 1, T), cfg.band).double()
+        gaussian = gaussian_kernel(K, gaussian_betas(K, T))
+        chain = Table(toeplitz(gaussian if family == "gaussian" else band))
     elif family == "neighbours":
         if data.is_image or cfg.neighbours >= K:
             raise UserError(f"--family neighbours needs a text of over {cfg.neighbours} symbols")
@@ -403,18 +393,15 @@ def make_chain(cfg, data):
         rate, U = torch.linalg.eigh(R)
         a = mutual_schedule(p_0, lambda a: ((U * (a * rate).exp()) @ U.T).clamp(min=0), T)
         alpha = a[-1].item() / 2**24
-        chain = Exponential(R, alpha, F.pad((a / alpha).round().long(), (1, 0)))
+        chain = Exponential(R, alpha, (a / alpha).round().long())
     else:
         share = {"uniform": 0, "absorbing": 1, "mixed": 2 / 3}[family]  # App. A.2.6, Sec. 4
-        pi = share * F.one_hot(torch.tensor(data.mask), K) + (1 - share) / K * one
+        e_m, eye = F.one_hot(torch.tensor(data.mask), K), torch.eye(K, dtype=torch.float64)
+        pi = share * e_m + (1 - share) * eye.mean(0)
         if schedule == "mutual":
-            eye = torch.eye(K, dtype=torch.float64)
             a = mutual_schedule(p_0, lambda a: torch.lerp(pi.expand(K, K), eye, (-a).exp()), T)
-            alpha_bar = F.pad((-a[:-1]).exp(), (0, 1))  # App. A.6; nothing is left of x_0
-        else:
-            makers = {"linear": linear_schedule, "cosine": cosine_schedule}
-            alpha_bar = makers.get(schedule, reciprocal_schedule)(T)
-        chain = LowRank(pi, torch.cat([one, alpha_bar]))
+            a[-1] = math.inf  # nothing is left of x_0
+        chain = LowRank(pi, (-a).exp() if schedule == "mutual" else alpha_bar(schedule, T))
     known = chain.prior_kl(torch.arange(K)[:, None]).max().item() / math.log(2)
     if known > 1e-3:
         ways = "a larger --T, --band or --neighbours"
@@ -505,18 +492,16 @@ class Denoiser(nn.Module):
             self.net = Transformer(self.K, self.symbols, data.shape[0], cfg.width, cfg.blocks)
 
     def forward(self, x_t, time):
+        x = 2 * x_t / (self.K - 1) - 1 if self.is_image else x_t
+        h = self.net(x, time)
+        h = h.float() if h.dtype.itemsize < 4 else h
         if not self.is_image:
-            log_p = full(self.net(x_t, time)).log_softmax(-1)
-            return F.pad(log_p, (0, self.K - self.symbols), value=NEVER)  # data has no mask
-        x = 2 * x_t / (self.K - 1) - 1
-        h = full(self.net(x, time)).unflatten(1, (x.shape[1], -1)).movedim(2, -1)  # (B, C, H, W, .)
+            mask = self.K - self.symbols  # data has none
+            return F.pad(h.log_softmax(-1), (0, mask), value=NEVER)
+        h = h.unflatten(1, (x.shape[1], -1)).movedim(2, -1)  # (B, C, H, W, 2 or K)
         if self.logistic:
             return logistic_log_probs(torch.tanh(x + h[..., 0]), h[..., 1], self.K)  # App. B.1
         return (h + F.one_hot(x_t, self.K)).log_softmax(-1)  # App. B.1
-
-
-def full(h):
-    return h.float() if h.dtype.itemsize < 4 else h
 
 
 class Transformer(nn.Module):
@@ -820,8 +805,8 @@ def connections(cfg):
         return -log_p_0.gather(-1, x_0[..., None])[..., 0]
 
     rows = []
-    for name, schedule in (("1 / t", reciprocal_schedule), ("cosine", cosine_schedule)):
-        chain, ours, theirs = LowRank(e_m, F.pad(schedule(T), (1, 0), value=1.0)), 0.0, 0.0
+    for schedule in ("reciprocal", "cosine"):
+        chain, ours, theirs = LowRank(e_m, alpha_bar(schedule, T)), 0.0, 0.0
         for s in range(1, T + 1):
             t = torch.full((B,), s)
             x_t = chain.sample(x_0, t)
@@ -830,7 +815,7 @@ def connections(cfg):
             weight = (a - b) / (1 - b)  # Eq. 12; 1 / t where alpha_bar = 1 - t / T
             ours += kl.sum().item()
             theirs += (weight * nll(log_p_0)[x_t == mask].sum()).item()
-        rows.append((f"absorbing = masked language model, weights {name}", ours, theirs))
+        rows.append((f"absorbing, {schedule} = weighted masked language model", ours, theirs))
     pi = (0.10 * e_m + 0.05 / K) / 0.15
     chain, t = LowRank(pi, torch.tensor([1, 0.85])), torch.ones(B, dtype=torch.long)
     kl, log_p_0 = bound_term(net, chain, x_0, chain.sample(x_0, t), t, "posterior")
