@@ -369,7 +369,7 @@ def d3pm_rows(device):
         return loss, sum(4 * b.numel() for b in chain.buffers())
 
     for K, T in ((32, 1000), (128, 1000), (512, 100), (512, 1000), (8192, 1000)):
-        alpha_bar = torch.cat([torch.ones(1), d3pm.cosine_schedule(T)])
+        alpha_bar = d3pm.alpha_bar("cosine", T)
         pi, steps, sizes = torch.full((K,), 1 / K), {}, {}
         for name, build in (("ours", chains), ("tables", tables)):
             if name == "tables" and 2 * T * K**2 > 2**28:
