@@ -17,7 +17,7 @@ from consistency import EPS, T, at
 # Small enough for a test, whole enough to pass through every part.
 TINY = ["--steps", "2", "--teacher-steps", "4", "--batch-size", "4", "--width", "8"]
 TINY += ["--mu", "0.5", "--examples", "20"]
-IMAGES = [*TINY, "--mult", "1,1", "--blocks", "1", "--patch", "2"]
+IMAGES = [*TINY, "--mult", "1", "--blocks", "1", "--patch", "2"]
 M, S = 0.3, 0.5  # mean and standard deviation of the Gaussian data
 
 
@@ -156,23 +156,23 @@ def test_distillation_of_a_mixture_follows_its_reference_map(single):
     f = cm.parameterised(net, 0.85)
     optimizer = torch.optim.Adam(net.parameters(), lr=4e-3)
     grid = cm.karras_grid(18)
-    x_T = T * torch.randn(400, 2)
-    reference = cm.solve_ode(D, x_T, cm.karras_grid(201))
+    x_T = T * torch.randn(300, 2)
+    reference = cm.solve_ode(D, x_T, cm.karras_grid(101))
 
     def error():
         with torch.no_grad():
             return (f(x_T, at(T, x_T)) - reference).norm(dim=1).mean().item()
 
     before = error()
-    for _ in range(250):
-        x = centres[torch.randint(8, (256,))] + 0.1 * torch.randn(256, 2)
-        n = torch.randint(17, (256,))
+    for _ in range(200):
+        x = centres[torch.randint(8, (128,))] + 0.1 * torch.randn(128, 2)
+        n = torch.randint(17, (128,))
         loss = cm.cd_loss(f, f, D, x, torch.randn_like(x), grid[n], grid[n + 1])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
     assert before > 1.0
-    assert error() < 0.6
+    assert error() < 0.7
 
 
 # ---- Consistency training, schedules, metrics ----------------------------------------------------
