@@ -64,10 +64,8 @@ EXPERIMENTS = {  # dataset, steps, batch_size, lr, tol, gradient
     "latent": ("spirals", 1_000, 500, 1e-2, 1e-4, "backprop"),  # lr: official; Departure 6
     "poisson": ("events", 400, 20, 3e-2, 1e-3, "adjoint"),
 }
-PRESETS = {
-    name: {"experiment": "classify"}
-    for name in ("glyphs", "mnist", "fashion_mnist", "cifar10", "folder")
-}
+IMAGES = ("glyphs", "mnist", "fashion_mnist", "cifar10", "folder")
+PRESETS = dict.fromkeys(IMAGES, {"experiment": "classify"})
 
 
 # ---- The adjoint method (Sec. 2, App. B, App. C) ------------------------------------------------
@@ -388,11 +386,6 @@ class LatentODE(nn.Module):
         z = torch.cat([before, self.states(z_0, self.times[:200])])  # (300, B, d)
         return self.decode(z).transpose(0, 1)
 
-    def draw(self, n):
-        """n curves (n, 200, 2) of the model: Eq. 11 to Eq. 13 without its noise."""
-        z_0 = torch.randn(n, self.f[0].in_features, device=self.times.device)
-        return self.decode(self.states(z_0, self.times[:200])).transpose(0, 1)
-
 
 class TimeGapRNN(nn.Module):
     """Sec. 5.1's baseline: from x_i and the gap to t_{i+1}, the mean of x_{i+1}.
@@ -510,7 +503,7 @@ class Events:
 
 
 # ---- Experiments --------------------------------------------------------------------------------
-# Each one trains and returns (run, evaluate, draw): what evaluates it, and what draws n samples.
+# Each trains and returns (run, evaluate, draw): what evaluates it, what draws n samples or None.
 
 
 def solver(cfg):
@@ -610,9 +603,8 @@ def evaluate_classify(runs, data):
         run.say(f"{tol:9g}{error:16.2e}{forward:23d}{backward:12d}")
         points.append([forward, math.log10(error + 1e-12)])
     axes, box = ("evaluations forwards (Fig. 3a)", "log10 error of h(1)"), (0, 80, -6, 0)
-    points = torch.tensor(points)
-    shapes = [("line", points, "#3b6fd4", 2), ("dots", points, "#3b6fd4", 4)]
-    panels = [("", common.chart(shapes, box, (256, 200), axes))]
+    line = ("line", torch.tensor(points), "#3b6fd4", 2)
+    panels = [("", common.chart([line], box, (256, 200), axes))]
     for i in wrong[:5]:
         image = F.interpolate(data.test[i : i + 1].cpu(), size=(160, 160))[0].expand(3, -1, -1)
         panels.append((f"{data.test_labels[i].item()} read as {guesses[i].item()}", image))
@@ -637,8 +629,7 @@ def latent(cfg, device):
         run = runs[n, name] = common.Run(cfg, net, device, f"{name}-{n}" if runs else "")
         for x, index in () if cfg.sample else run.batches(Spirals(1_000, n, 0, device)):
             run.step(-run.model(x, index).mean() / n)  # App. E
-    first = runs[cfg.observations[0], "latent"]
-    return run, functools.partial(evaluate_latent, cfg, runs, device), first.ema.draw
+    return run, functools.partial(evaluate_latent, cfg, runs, device), None
 
 
 @torch.no_grad()
@@ -678,7 +669,7 @@ def poisson(cfg, device):
     run = common.Run(cfg, EventProcess(solve=solver(cfg)), device)
     for events, count in () if cfg.sample else run.batches(Events(500, 0, device)):
         run.step(-run.model(events, count) / count)
-    return run, functools.partial(evaluate_poisson, run, Events(1_000, 1, device)), None
+    return run, functools.partial(evaluate_poisson, run, Events(500, 1, device)), None
 
 
 @torch.no_grad()
@@ -706,8 +697,8 @@ def main(cfg):
     own = {"latent": "spirals", "poisson": "events"}.get(cfg.experiment, cfg.dataset)
     if cfg.dataset != own:
         raise UserError(f"--experiment {cfg.experiment} makes its own {own}: leave out --dataset")
-    if cfg.num_samples and cfg.experiment in ("classify", "poisson"):
-        raise UserError(f"--experiment {cfg.experiment} has no samples: leave out --num-samples")
+    if cfg.num_samples and cfg.experiment != "cnf":
+        raise UserError("--num-samples is for the flow's: leave it out, or --experiment")
     if not all(2 <= n <= 100 for n in cfg.observations):
         raise UserError("--observations: whole numbers from 2 to 100")
     experiments = {"cnf": cnf, "classify": classify, "latent": latent, "poisson": poisson}
