@@ -38,7 +38,7 @@ from common import Count, Natural, Positive, Sizes, UserError, bcast
 @dataclass
 class Config(common.Config):
     source: str | None = None  # rho_0: normal or a data set [in 2-D: normal,eight_gaussians]
-    steps: Natural = 7_000  # optimisation steps of each flow
+    steps: Natural = 5_000  # optimisation steps of each flow
     batch_size: Count = 512  # n target examples per step, over all processes together
     lr: Positive = 4e-3  # peak learning rate of Adam
     interpolant: Literal["trigonometric", "linear"] = "trigonometric"  # the paper's main choice
@@ -51,7 +51,7 @@ class Config(common.Config):
     solver: Literal["euler", "midpoint", "heun", "rk4", "dopri5"] = "dopri5"  # ODE solver
     nfe: Count = 100  # evaluations of a fixed-step solver
     tol: Positive = 1e-5  # atol = rtol of dopri5, in sampling and likelihood
-    nll_examples: Natural = 5_000  # held-out examples whose likelihood is computed
+    nll_examples: Natural = 2_000  # held-out examples whose likelihood is computed
     divergence: Literal["exact", "rademacher", "gaussian"] = "exact"  # exact, or Hutchinson's probe
     bound: bool = False  # train on two Gaussians; print the bound of Prop. 3 beside the distance
     width: Count = 128  # units of the MLP, or base channels of the U-Net
@@ -423,7 +423,7 @@ def train(cfg, run, source, target):
         run.step(loss / x_1[0].numel())
 
 
-HELD_OUT = 20_000  # examples to measure by
+HELD_OUT = 10_000  # examples to measure by
 
 
 def continuous(data, x):
@@ -502,7 +502,7 @@ def panels(v, start, end, times, frames, goal):
     titles = [f"{start.name}, t = {times[0]:.0f}"]
     titles += [f"t = {t:.2f}" for t in torch.linspace(*times, 5)[1:4].tolist()]
     titles += [f"flow to t = {times[1]:.0f}", f"{end.name}, t = {times[1]:.0f}"]
-    images = [common.density_image(x[:, :2], bound, bins=80) for x in (*frames, goal)]
+    images = [common.density_image(x[:, :2], bound, bins=64) for x in (*frames, goal)]
     grid = torch.linspace(*times, 41)
     lines, _ = transport(v, frames[0, :300], grid, rtol=1e-4, atol=1e-4)
     paths = common.trajectory_image(lines[..., :2], bound)
