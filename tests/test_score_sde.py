@@ -614,8 +614,8 @@ def test_losses_and_samplers_keep_to_their_device(sde):
 
 def test_image_classifier():
     torch.set_default_dtype(torch.float32)
-    net = score_sde.Classifier(1, 10, 8, 8, (1,), 1, ())
-    x, t = torch.randn(2, 1, 8, 8), torch.rand(2)
+    net = score_sde.Classifier(1, 10, 9, 8)
+    x, t = torch.randn(2, 1, 9, 9), torch.rand(2)
     assert net(x, t).shape == (2, 10)
     compiled = torch.compile(net, fullgraph=True, backend="eager")
     assert_close(compiled(x, t), net(x, t))
