@@ -606,6 +606,8 @@ def prepare(cfg):
     device = common.setup(cfg)
     if device.type == "mps":
         raise UserError("--device mps has no float64, which the energies need: use cpu")
+    if cfg.amp != "off" or cfg.compile:
+        raise UserError("the energies are in float64, step by step: leave out --amp and --compile")
     for name in (cfg.source, cfg.dataset):
         if name not in common.DENSITIES:
             known = ", ".join(common.DENSITIES)

@@ -824,6 +824,8 @@ def test_samples_lie_on_rho_t(tmp_path):
         ("--time 1.5", r"a number in \[0, 1\]"),
         ("--time -0.1", r"a number in \[0, 1\]"),
         ("--quantiles 0", "at least 1"),
+        ("--amp on", "leave out --amp and --compile"),
+        ("--compile", "leave out --amp and --compile"),
         ("--batch-size 0", "at least 1"),
         ("--lr 0", "a number above 0"),
         ("--decay steep", "invalid choice"),

@@ -645,6 +645,15 @@ def test_losses_and_samplers_keep_to_their_device(learn):
     assert meta.shape == (1, 4, 4)
 
 
+def test_networks_compile_without_a_graph_break():
+    net = it.InterFlow(it.AffineVelocity(2), learned())
+    whole = torch.compile(net, fullgraph=True, backend="eager")
+    x, t = torch.randn(4, 2), torch.rand(4)
+    assert_close(whole(x, t), net(x, t))
+    interpolant = torch.compile(net.interpolant, fullgraph=True, backend="eager")
+    assert_close(interpolant(x, 2 * x, t), net.interpolant(x, 2 * x, t))
+
+
 @pytest.mark.parametrize("source", ["normal", "eight_gaussians"])
 def test_a_short_training_learns_the_checkerboard(tmp_path, source):
     torch.set_default_dtype(torch.float32)
@@ -754,7 +763,9 @@ def test_images(call, refused, pictures):
     assert "bits_per_dim" in out
     assert np.load("noise/samples.npz")["arr_0"].shape == (2, 16, 16, 3)
     other = pictures("others", n=40)
-    code, out, err = call("interflow", *arguments, "--source", other, "--out", "pairs")
+    code, out, err = call(
+        "interflow", *arguments, "--source", other, "--out", "pairs", "--amp", "on"
+    )
     assert code == 0, err
     assert "bits_per_dim" not in out
     refused("images take one", "interflow", *arguments, "--source", f"normal,{other}")
