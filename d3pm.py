@@ -736,7 +736,7 @@ def tiles(x, columns=16):
 
 
 def page(lines):
-    """Lines (text, final text) as one picture: masks are squares, what is not final yet is pale."""
+    """Lines (text, final text) as one picture: masks are squares, what will change is red."""
     shapes, (L, height) = [], (len(lines[0][0]), len(lines))
     square = torch.tensor([[0.1, 0.1], [0.9, 0.1], [0.9, 0.9], [0.1, 0.9]])
     for y, (line, final) in enumerate(lines):
@@ -746,8 +746,7 @@ def page(lines):
                 shapes.append(("fill", corner + square, "#d5d9e6", 0))
             elif symbol != " ":
                 colour = "#15171f" if symbol == end else "#e07a5f"
-                symbol = symbol.replace("\n", "\N{PILCROW SIGN}")
-                shapes.append(("text", corner[None] + 0.5, colour, symbol))
+                shapes.append(("text", corner[None] + 0.5, colour, symbol.replace("\n", "/")))
     return common.chart(shapes, (0, L, 0, height), (9 * L, 18 * height))
 
 
