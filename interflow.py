@@ -75,11 +75,7 @@ SMALL_IMAGES = {  # minutes on two cores
     "nll_examples": 128,
     "divergence": "rademacher",
 }
-PRESETS = {
-    "glyphs": SMALL_IMAGES,
-    "mnist": SMALL_IMAGES,
-    "fashion_mnist": SMALL_IMAGES,
-    "folder": SMALL_IMAGES,
+PRESETS = dict.fromkeys(("glyphs", "mnist", "fashion_mnist", "folder"), SMALL_IMAGES) | {
     "cifar10": {  # the paper's, as remembered: all unverified but the two that say otherwise
         "steps": 500_000,
         "batch_size": 400,
@@ -358,10 +354,6 @@ class Table(common.Data):
     log_scale: float = 0.0  # log of the deviations' product: what a row's log density loses
 
 
-def is_table(name):
-    return Path(name).suffix in (".npy", ".csv") and not Path(name).is_dir()
-
-
 def read_table(path):
     """The numbers in a .npy file, or in a .csv file with or without a header: float64 (N, D)."""
     try:
@@ -468,12 +460,6 @@ def report_likelihood(cfg, run, split, data, x, log_rho, times=(1.0, 0.0), **abo
     run.report(split, **about, **figures, examples=len(x))
 
 
-def draw(cfg, run, source, n):
-    """n samples of rho_1."""
-    x_0 = continuous(source, source.batch(n)[0])
-    return transport(run.ema, x_0, **common.solver_options(cfg))[0]
-
-
 def evaluate_vectors(cfg, run, source, target):
     """Report a flow's figures, and return rows of panels: the flow forwards, and backwards."""
     v, n, rows = run.ema, cfg.nll_examples, []
@@ -531,7 +517,7 @@ def evaluate_images(cfg, run, source, target):
 
 def load(cfg, name, device):
     """The data set of this name, or the table in this file."""
-    if not is_table(name):
+    if Path(name).suffix not in (".npy", ".csv") or Path(name).is_dir():
         return common.load_data(dataclasses.replace(cfg, dataset=name), device)
     if cfg.image_size or cfg.flip:
         raise UserError(f"{name} is not made of images: leave out --image-size and --flip")
@@ -618,13 +604,18 @@ def main(cfg):
     run, source = flows[0]
     if not run.finish():
         return
+
+    def draw(n):  # from rho_1
+        x_0 = continuous(source, source.batch(n)[0])
+        return transport(run.ema, x_0, **common.solver_options(cfg))[0]
+
     if target.is_image:
         evaluate_images(cfg, run, source, target)
     else:
         rows = [row for flow in flows for row in evaluate_vectors(cfg, *flow, target)]
         common.save_panels(run.folder / "samples.png", *rows)
     if cfg.num_samples:
-        run.write_samples(lambda n: draw(cfg, run, source, n))
+        run.write_samples(draw)
     run.say(f"see {run.folder / 'samples.png'}")
 
 
