@@ -10,10 +10,11 @@ Departures  1. Only a number that was checked is given. A setting marked "unveri
                as remembered; other settings, the networks, EMA, clipping and decay are our own.
             2. Interpolant and velocity take one step of Adam together, in opposite directions.
             3. The exponent 1 + 2K of Prop. 3 is derived here, in `wasserstein_bound`.
-Run         python interflow.py                              checkerboard, from noise and from data
+Run         python interflow.py             checkerboard: NLL 2.156 from noise, 2.244 from data (its
+                                            entropy is 2.079); 100 s on one core
             python interflow.py --source moons --dataset pinwheel
-            python interflow.py --learn                      with learned coefficients
-            python interflow.py --bound                      Prop. 3 between two Gaussians
+            python interflow.py --learn     with learned coefficients
+            python interflow.py --bound     two Gaussians: W_2² 4e-6, bound 0.041; untrained 5.5, 22
             python interflow.py --dataset table.csv          test likelihood of a table
             python interflow.py --dataset mnist              digits
             python interflow.py --dataset cifar10            not run here
