@@ -13,11 +13,11 @@ Departures  1. App. C prints eps + sigma_t grad log p. Since eps = -sigma_t scor
                it starts, if there is one class). `train_autoencoder` takes any metric, LPIPS too.
             3. E, D and the discriminator step together; its norm is GroupNorm, for small batches.
                The autoencoder is without attention (Table 8, the dagger).
-            4. VQ latents are rescaled, too: a small codebook's have no deviation of 1.
+            4. VQ latents are rescaled, too, which changes them little: their deviation is near 1.
             5. Masks are boxes; captions are the labels spelled out. Left out: layouts, semantic
                maps and BSR, other data for the same mechanisms; PLMS, a later paper.
             6. Not in the paper: how often y is dropped in training, as guidance needs it; sampling
-               times T i / S; what is marked as official code.
+               times T i / S; a class beside the time; what is marked as official code.
 Run         python ldm.py                                    digits by class, through guidance
             python ldm.py --dataset mnist                    the same, longer
             python ldm.py --dataset mnist --condition inpainting --first-stage runs/ldm-mnist
@@ -36,7 +36,6 @@ from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
-import torchvision
 from torch import nn
 
 import common
@@ -51,9 +50,9 @@ Rate = Annotated[float, lambda v: 0 < v < 1, "a number between 0 and 1"]
 class Config(common.Config):
     dataset: str = "glyphs"  # a data set of images, or a folder of them
     image_size: Side | None = 32  # side to which images are resized
-    steps: Natural = 900  # optimisation steps of stage two
-    batch_size: Count = 64  # examples per step, over all processes together
-    lr: Positive = 4e-3  # peak learning rate of stage two
+    steps: Natural = 2_000  # optimisation steps of stage two
+    batch_size: Count = 32  # examples per step, over all processes together
+    lr: Positive = 6e-3  # peak learning rate of stage two
     first_stage: str | None = None  # a run's folder: take its stage one (Sec. 3.1), train none
     f: Count = 4  # down-sampling factor of the autoencoder; 1: none, diffusion of pixels (LDM-1)
     z_channels: Count = 4  # c: z is (c, H/f, W/f)
@@ -64,10 +63,9 @@ class Config(common.Config):
     adversarial: Weight = 0.0  # weight d_w of the adversarial loss; official code: 0.5, VQ 0.75
     adversarial_start: Natural = 50_000  # steps of stage one before it; official code
     ae_steps: Natural = 250  # optimisation steps of stage one
-    ae_batch_size: Count = 32  # its examples per step
     ae_lr: Positive = 4e-3  # its peak learning rate
     ae_width: Count = 8  # its base channels, doubled at each level, up to fourfold
-    classifier_steps: Natural = 150  # of the perceptual loss's network, and of the judge
+    classifier_steps: Natural = 500  # of the perceptual loss's network, and of the judge
     condition: Condition = "class"  # y: a label beside t, or tau's token(s); or an image
     p_drop: common.Fraction = 0.1  # share of classes and captions that are dropped in training
     scale: Weight = 3.0  # s, the guidance towards a class, token or caption
@@ -88,8 +86,8 @@ class Config(common.Config):
     examples: Count = 200  # test images and samples that are measured
 
 
-SMALL = {"steps": 5_000, "width": 48, "ae_steps": 1_500, "ae_width": 16, "classifier_steps": 600}
-OUR_AE = {"f": 2, "ae_steps": 100_000, "ae_batch_size": 128, "ae_lr": 2e-4, "ae_width": 64}
+SMALL = {"steps": 8_000, "lr": 4e-3, "width": 48, "ae_steps": 1_500, "ae_width": 16}
+OUR_AE = {"f": 2, "ae_steps": 100_000, "ae_lr": 2e-4, "ae_width": 64}
 OUR_LOSS = {"kl_weight": 1e-6, "adversarial": 0.5, "classifier_steps": 10_000, "flip": True}
 OUR_UNET = {"width": 128, "blocks": 2, "mult": (1, 2, 2), "attention": (16, 8, 4), "context": 512}
 OUR_TRAINING = {"steps": 200_000, "batch_size": 128, "lr": 2e-4, "ema": 0.9999}
@@ -140,10 +138,7 @@ class Process:
 
 
 def ldm_loss(eps_theta, z_0, eps, t, process, power=2):
-    """|eps - eps_theta(z_t, t)|^power, its mean over batch and dimensions; eps ~ N(0, I).
-
-    Of images z_0 = x it is Eq. 1, of latents Eq. 2, and Eq. 3 if eps_theta knows tau(y).
-    """
+    """Eq. 1 for images z_0, Eq. 2 for latents, Eq. 3 if eps_theta knows tau(y); a mean of dims."""
     error = eps - eps_theta(process.diffuse(z_0, eps, t), t)
     return error.abs().pow(power).mean()  # Eq. 1, Eq. 2, Eq. 3
 
@@ -562,8 +557,7 @@ def stage_one(cfg, net, data, device):
     distance = functools.partial(perceptual_distance, functools.partial(features, classes))
     adam = functools.partial(torch.optim.Adam, betas=(0.5, 0.9), fused=True)  # official code
     run = common.Run(cfg, net, device, "autoencoder", adam)
-    settings = {"steps": cfg.ae_steps, "lr": cfg.ae_lr, "batch_size": cfg.ae_batch_size}
-    run.cfg = dataclasses.replace(cfg, **settings)
+    run.cfg = dataclasses.replace(cfg, steps=cfg.ae_steps, lr=cfg.ae_lr)
     train_autoencoder(run.cfg, run, data, distance)
     return run.ema.state_dict()
 
@@ -644,9 +638,10 @@ def psnr(x, reference):
     return (10 * torch.log10(4 / mse)).mean().item()
 
 
-def agreement(judge, x, y):
-    """The share of images that the judge, a classifier, takes for their labels."""
-    return (judge(x).argmax(1) == y).float().mean().item()
+def judged(judge, y, **images):
+    """The share of each kind of images that the judge, a classifier, takes for their labels y."""
+    kinds = images.items() if judge else ()
+    return {f"judge_on_{k}": (judge(x).argmax(1) == y).float().mean().item() for k, x in kinds}
 
 
 @torch.no_grad()
@@ -664,10 +659,7 @@ def evaluate_stage_one(run, x, y, judge):
     else:
         mu, log_var, _ = gaussian(net.stage_one(x, "encode"))
         figures["kl_nats"] = kl_to_standard_normal(mu, log_var).mean().item()
-    if judge:
-        figures |= {"judge_on_data": agreement(judge, x, y)}
-        figures |= {"judge_on_reconstructions": agreement(judge, x_hat, y)}
-    run.report("stage one", **figures)
+    run.report("stage one", **figures, **judged(judge, y, data=x, reconstructions=x_hat))
     return [("test images, reconstructions", in_turn(10, x[:20], x_hat[:20]))]
 
 
@@ -684,14 +676,15 @@ def evaluate_guidance(run, process, x, classes, judge):
         shown[s] = samples[y < 10]
         if judge:
             maps = [features(judge, images)[-1].mean((2, 3)) for images in (samples, x)]
-            figures["agreement"] = agreement(judge, samples, y)
+            figures["agreement"] = judged(judge, y, s=samples)["judge_on_s"]
             figures["feature_distance"] = common.energy_distance(*maps)
         run.report(f"s = {s:g}", **figures)
     wide, chosen = min(10, classes), shown.pop(cfg.scale)
-    below = grid(torch.cat([samples[: 2 * wide] for samples in shown.values()]), wide)
     title = f"a {cfg.condition} a column, s = {cfg.scale:g}"
-    others = f"two rows each of s = {', '.join(f'{s:g}' for s in shown)}"
-    return [(title, grid(chosen[: 8 * wide], wide))], [(others, below)]
+    above = [(title, common.image_grid(chosen[: 8 * wide], wide, scale=2))]
+    title = f"two rows each of s = {', '.join(f'{s:g}' for s in shown)}"
+    below = torch.cat([samples[: 2 * wide] for samples in shown.values()])
+    return above, [(title, common.image_grid(below, wide, scale=2))]
 
 
 @torch.no_grad()
@@ -705,14 +698,11 @@ def evaluate_restoration(run, process, x, y, judge):
         cases.append((images, given, given + holes * (samples - given)))  # official code
     _, given, samples = cases[0]
     figures = {"psnr": psnr(samples, x), "psnr_given": psnr(given, x)}
-    if judge:
-        named = {"data": x, "given": given, "samples": samples}
-        figures |= {f"judge_on_{name}": agreement(judge, part, y) for name, part in named.items()}
+    figures |= judged(judge, y, data=x, given=given, samples=samples)
     run.report(run.cfg.condition, **figures)
-    title = f"{run.cfg.condition}: truth, given, sample"
-    large = f"{canvas.shape[3]} x {canvas.shape[3]} pixels at once"
     above = in_turn(10, *(part[:30] for part in cases[0]))
-    return [(title, above)], [(large, in_turn(4, *cases[1]))]
+    below = [("four at once, twice as large as in training", in_turn(4, *cases[1]))]
+    return [(f"{run.cfg.condition}: truth, given, sample", above)], below
 
 
 @torch.no_grad()
@@ -728,14 +718,7 @@ def evaluate_enlarged(run, process, classes, n=4):
 def in_turn(columns, *images):
     """A row of each in turn, as a picture."""
     rows = [part.unflatten(0, (-1, columns)) for part in images]
-    return grid(torch.stack(rows, dim=1).flatten(0, 2), columns)
-
-
-def grid(x, columns):
-    """Images (B, C, H, W) in a grid, enlarged to about 640 pixels, uint8 (3, H', W')."""
-    x = torchvision.utils.make_grid(common.to_uint8(x.cpu()), columns, padding=1, pad_value=64)
-    scale = max(1, 640 // x.shape[2])
-    return x.repeat_interleave(scale, 1).repeat_interleave(scale, 2)
+    return common.image_grid(torch.stack(rows, dim=1).flatten(0, 2), columns, scale=2)
 
 
 def main(cfg):
@@ -754,7 +737,7 @@ def main(cfg):
     elif cfg.condition in LABELS:
         above, below = evaluate_guidance(run, process, x, classes, judge)
     else:
-        above, below = [("samples", grid(generate(run.ema, process, 64), 8))], []
+        above, below = [("samples", in_turn(8, generate(run.ema, process, 64)))], []
     if cfg.condition not in IMAGES:
         below += evaluate_enlarged(run, process, classes)
     common.save_panels(run.folder / "samples.png", above + first, below)

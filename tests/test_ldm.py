@@ -15,7 +15,7 @@ import ldm
 
 # Small enough for a test, whole enough to pass through every part.
 TINY = ["--steps", "2", "--batch-size", "4", "--width", "8", "--context", "8", "--examples", "40"]
-TINY += ["--ae-steps", "1", "--ae-batch-size", "4", "--ae-width", "4", "--classifier-steps", "1"]
+TINY += ["--ae-steps", "1", "--ae-width", "4", "--classifier-steps", "1"]
 TINY += ["--sampling-steps", "1", "--mult", "1,1"]
 
 
