@@ -30,7 +30,6 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-import torchvision
 from torch import nn
 
 import common
@@ -366,7 +365,7 @@ def evaluate_images(cfg, run, data, sigmas):
         titles = f"{title}: filters", "clean, noisy, denoised, Parzen's", "samples, denoised"
         pictures = filters[torch.arange(64) % len(W)], shown, denoise(samples[k])
         for row, name, x in zip(rows, titles, pictures, strict=True):
-            row.append((name, tiled((x / cfg.scale).unflatten(1, data.shape))))
+            row.append((name, common.image_grid((x / cfg.scale).unflatten(1, data.shape), scale=2)))
     common.save_panels(run.folder / "samples.png", *rows)
 
 
@@ -400,12 +399,6 @@ def landscape(log_p, psi, sigma, points, depth=8, n=15):
     lines = torch.stack([x, tip, tip + barbs[0], tip, tip + barbs[1]], dim=1).cpu()
     shapes = [("line", line, "#5ae1ff", 0.8) for line in lines]
     return common.chart(shapes, (-bound, bound, -bound, bound), heat=height)
-
-
-def tiled(x):
-    """64 images in [-1, 1] in a square: uint8 (3, S, S)."""
-    image = torchvision.utils.make_grid(common.to_uint8(x.cpu()), nrow=8, padding=1, pad_value=64)
-    return image.repeat_interleave(2, 1).repeat_interleave(2, 2)
 
 
 # ---- The command line ---------------------------------------------------------------------------

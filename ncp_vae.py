@@ -28,7 +28,6 @@ from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
-import torchvision
 from torch import Tensor, nn
 
 import common
@@ -432,10 +431,7 @@ def picture(cfg, run, vae, log_r, shape, z_q, latents, frechet):
     below = []
     for name, title in SAMPLERS.items():
         z = draw(cfg, vae, log_r, 64, name, cfg.temperature)
-        x = common.to_uint8(decode(vae, shape, z).cpu())
-        grid = torchvision.utils.make_grid(x, padding=1, pad_value=64)
-        scale = max(1, size // grid.shape[2])
-        grid = grid.repeat_interleave(scale, 1).repeat_interleave(scale, 2)
+        grid = common.image_grid(decode(vae, shape, z), scale=max(1, size // (8 * shape[-1] + 9)))
         below.append((f"{title}: Frechet distance {frechet[name]:.1f}", grid))
     common.save_panels(run.folder / "samples.png", above, below)
 

@@ -33,7 +33,6 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-import torchvision
 from torch import nn
 
 import common
@@ -568,9 +567,7 @@ def evaluate_images(cfg, run, data, sde, score, sample, flow, with_classes):
 
 def tile(x):
     """Images (40, C, H, W) -> one of ten rows, uint8 (3, height, width), small ones enlarged."""
-    grid = torchvision.utils.make_grid(common.to_uint8(x.cpu()), nrow=4, padding=1, pad_value=64)
-    scale = max(1, 64 // x.shape[-1])
-    return grid.repeat_interleave(scale, 1).repeat_interleave(scale, 2)
+    return common.image_grid(x, 4, scale=max(1, 64 // x.shape[-1]))
 
 
 def independent_pixels(train, test):
