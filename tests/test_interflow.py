@@ -23,7 +23,7 @@ TIGHT = {"rtol": 1e-10, "atol": 1e-10}
 def _double(request, monkeypatch):
     torch.manual_seed(0)
     if {"call", "refused"} & set(request.fixturenames):  # the command line runs in float32
-        monkeypatch.setattr(it, "HELD_OUT", 200)
+        monkeypatch.setattr(it, "HELD_OUT", 60)
     else:
         torch.set_default_dtype(torch.float64)
     yield
@@ -446,7 +446,7 @@ def test_the_optimal_interpolant():
     assert_close(lowest_G(TRIGONOMETRIC).item(), -6.341, rtol=0, atol=5e-4)
 
 
-@pytest.mark.parametrize(("terms", "value"), [(1, -5.183), (3, -5.154), (7, -5.147)])
+@pytest.mark.parametrize(("terms", "value"), [(1, -5.183), (7, -5.147)])
 def test_best_coefficients_approach_optimal_transport(terms, value):
     interpolant = Fourier(it.trigonometric, terms)
     search = torch.optim.LBFGS(
@@ -466,8 +466,8 @@ def test_best_coefficients_approach_optimal_transport(terms, value):
 def test_training_learns_the_best_coefficients(tmp_path):
     """Velocity and interpolant, trained against each other, reach the saddle of RHO_0, RHO_1."""
     torch.set_default_dtype(torch.float32)
-    cfg = it.Config(out=str(tmp_path), steps=600, lr=2e-2, device="cpu", learn=True)
-    cfg.batch_size = 384
+    cfg = it.Config(out=str(tmp_path), steps=400, lr=3e-2, device="cpu", learn=True)
+    cfg.batch_size = 256
     ends = [Gaussian("", rho.mean.float(), rho.root.float()) for rho in (RHO_0, RHO_1)]
     net = it.InterFlow(it.AffineVelocity(2), it.make_interpolant(cfg))
     run = common.Run(cfg, net, torch.device("cpu"))
