@@ -74,7 +74,7 @@ class Config(common.Config):
 
 # fmt: off
 SMALL_IMAGES = {  # minutes on two cores
-    "steps": 1_000, "teacher_steps": 2_000, "batch_size": 32, "lr": 2e-3, "beta_2": 0.99,
+    "steps": 2_000, "teacher_steps": 5_000, "batch_size": 32, "lr": 2e-3, "beta_2": 0.99,
     "amp": "auto", "sigma_data": 0.5, "examples": 500, "patch": 2, "width": 32, "blocks": 1,
     "mult": (1, 2, 2), "attention": None,
 }
@@ -554,7 +554,8 @@ def picture_editing(f, y):
     complete("super-resolution", *super_resolution(y, math.gcd(side, 4)))
     if y.shape[1] == 3:
         complete("colourisation", *colourisation(y), given=grey(y))
-    paint = (1.5 * F.avg_pool2d(y, 5, 1, 2)).round() / 1.5  # blurred, in four shades
+    blurred = F.avg_pool2d(y, 3, 1, 1, count_include_pad=False)
+    paint = (1.5 * (blurred + 1)).round() / 1.5 - 1  # in four shades
     times_2 = [5.38 * side / 256, 2.24 * side / 256]  # App. D, Departure 1
     drawn = [edit(f, paint, times_2, torch.ones_like(y), start=paint) for _ in range(2)]
     show("strokes", y, paint, *drawn)
