@@ -17,7 +17,8 @@ Departures  1. The paper's backbone is NVAE, its classifiers are residual convol
                here on the data's labels: comparable within a run, and with nothing else.
             4. log Z by Monte Carlo is low in expectation, so the bound is high, by about
                1 / (2 M) (M / ESS - 1) with M draws: both figures are printed.
-Run         python ncp_vae.py                                    glyphs, 2-D: the three densities
+Run         python ncp_vae.py                                    two latents; 93 CPU-s: bound (50
+                draws) -137.95 -> -137.54 nats, Frechet distance 120.3 -> 72.6
             python ncp_vae.py --dataset mnist                    ten latents; 4.6 CPU-minutes, one
                 thread: bound (50 draws) -94.95 -> -93.69 nats, Frechet distance 25.6 -> 4.0 (SIR)
             python ncp_vae.py --dataset mnist --groups 2 --latent 5   hierarchical
