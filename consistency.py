@@ -22,7 +22,8 @@ Departures  1. Alg. 4 with mask 1, as App. D states it for strokes, erases the s
 Run         python consistency.py                            a checkerboard: 2 minutes on one core;
                 energy distance 0.0008 in one step, 0.0003 in two, 0.0009 the teacher, each ± 0.0003
             python consistency.py --dataset mnist            digits, and editing.png
-            python consistency.py --compare                  distillation, iCT and CT in a table
+            python consistency.py --compare                  6 minutes: in one step 0.0008 by cd,
+                0.011 by ict, 0.106 by ct
             torchrun --nproc_per_node 8 consistency.py --dataset cifar10     Table 3; not run here
 """
 
