@@ -1073,9 +1073,9 @@ class Run:
     """
 
     def __init__(self, cfg, net, device, stage="", optimizer=None):
-        self._amp = cfg.amp == "on" or (cfg.amp == "auto" and has_bfloat16_units(device))
+        self.amp = cfg.amp == "on" or (cfg.amp == "auto" and has_bfloat16_units(device))
         # Convolutions like channels-last memory; on a CPU, GroupNorm in bfloat16 does not.
-        slow = device.type == "mps" or (device.type == "cpu" and self._amp)
+        slow = device.type == "mps" or (device.type == "cpu" and self.amp)
         layout = torch.preserve_format if slow else torch.channels_last
         self.cfg, self.net, self.device = cfg, net.to(device, memory_format=layout), device
         self.folder, self.stage = Path(cfg.out), stage
@@ -1109,7 +1109,7 @@ class Run:
 
     def model(self, *inputs):
         """The network in training: compiled, distributed, under autocast; the result is float32."""
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self._amp):
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
             return self._forward(*inputs).float()
 
     def batches(self, data):
@@ -1147,9 +1147,12 @@ class Run:
         cfg = self.cfg
         self.optimizer.zero_grad()
         loss.backward()
-        norm = nn.utils.clip_grad_norm_(self._parameters, cfg.clip or math.inf)
+        if cfg.clip:
+            norm = nn.utils.clip_grad_norm_(self._parameters, cfg.clip)
+        else:
+            norm = nn.utils.get_total_norm([p.grad for p in self._parameters if p.grad is not None])
         for group in self.optimizer.param_groups:
-            group["lr"] = cfg.lr * self._schedule()
+            group["lr"] = cfg.lr * self.schedule()
         self.optimizer.step()
         self.done += 1
         decay = min(cfg.ema or 0.0, (1 + self.done) / (10 + self.done))
@@ -1167,7 +1170,7 @@ class Run:
             self.say(f"stopped at step {self.done}; --resume --out {self.folder} goes on")
             raise SystemExit(130)
 
-    def _schedule(self):
+    def schedule(self):
         """Linear warm-up from 0 to 1, then constant, or linear or cosine decay to 0 at the end."""
         cfg, n = self.cfg, self.done
         if n < cfg.warmup:
@@ -1204,11 +1207,11 @@ class Run:
         self._logged_at = now
         self.bar.set_postfix(loss=f"{mean:.4f}", refresh=False)
         lr, norm = self.optimizer.param_groups[0]["lr"], norm.item()
-        self._write(step=self.done, loss=mean, lr=lr, grad_norm=norm, steps_per_second=rate)
+        self.record(step=self.done, loss=mean, lr=lr, grad_norm=norm, steps_per_second=rate)
 
     def report(self, split, **figures):
         """Print evaluation figures and add them to metrics.jsonl."""
-        self._write(split=split, step=self.done, **figures)
+        self.record(split=split, step=self.done, **figures)
         shown = (f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in figures.items())
         self.say(f"{split}: {', '.join(shown)}")
 
@@ -1216,7 +1219,8 @@ class Run:
         if rank() == 0:
             print(text, flush=True)
 
-    def _write(self, **record):
+    def record(self, **record):
+        """Add a line to metrics.jsonl."""
         if rank() == 0:
             record = {"stage": self.stage, **record} if self.stage else record
             with open(self.folder / "metrics.jsonl", "a") as file:

@@ -40,7 +40,6 @@ from typing import Annotated, Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
-import torchvision
 from torch import nn
 
 import common
@@ -731,9 +730,7 @@ def evaluate(cfg, run, data, chain):
 
 def tiles(x, columns=16):
     """Images in [-1, 1] as one picture, uint8 (3, H, W), small ones enlarged."""
-    grid = torchvision.utils.make_grid(common.to_uint8(x.cpu()), columns, padding=1, pad_value=64)
-    scale = max(1, 960 // grid.shape[2])
-    return grid.repeat_interleave(scale, 1).repeat_interleave(scale, 2)
+    return common.image_grid(x, columns, scale=max(1, 960 // (columns * (x.shape[-1] + 1) + 1)))
 
 
 def page(lines):

@@ -269,10 +269,10 @@ class Images:
 class Run(common.Run):
     """common's run, which knows the paper's schedule, too."""
 
-    def _schedule(self):
+    def schedule(self):
         """3^i passes at the rate 10^(-i/7), i = 0 .. 7, in proportion to the steps: Sec. 5.1."""
         if self.cfg.decay != "stages" or self.done < self.cfg.warmup:
-            return super()._schedule()
+            return super().schedule()
         passes = 3280 * self.done / self.cfg.steps  # of all 3^0 + .. + 3^7
         return 10 ** (-math.floor(math.log(2 * passes + 1, 3) + 1e-9) / 7)
 

@@ -71,7 +71,6 @@ PRESETS = dict.fromkeys(IMAGES, {"experiment": "classify"})
 # ---- The adjoint method (Sec. 2, App. B, App. C) ------------------------------------------------
 
 
-@torch.compiler.disable
 def odeint_adjoint(f, z, t, params=None, *, backward=None, **solver):
     """common.odeint with gradients by the adjoint method: memory does not grow with the steps.
 
@@ -507,7 +506,9 @@ class Events:
 
 
 def solver(cfg):
-    return functools.partial(ode_solve, gradient=cfg.gradient, rtol=cfg.tol, atol=cfg.tol)
+    # steps that depend on values make no graph: --compile takes the networks around the solver
+    solve = torch.compiler.disable(ode_solve) if cfg.compile else ode_solve
+    return functools.partial(solve, gradient=cfg.gradient, rtol=cfg.tol, atol=cfg.tol)
 
 
 def cnf(cfg, device):

@@ -342,7 +342,7 @@ def velocity(run):
 
     Not so those of an adaptive solver, which would chase the rounding.
     """
-    half = run._amp and run.cfg.solver == "euler"
+    half = run.amp and run.cfg.solver == "euler"
 
     def v(x, t):
         with torch.autocast(run.device.type, torch.bfloat16, enabled=half):
@@ -544,7 +544,7 @@ def main(cfg):
             run.say(rounds[0].row())
         rounds.append(measure(run, x_0, x_1, rounds[-1].paths[-1]))
         run.say(rounds[-1].row())
-        run._write(split="test", step=run.done, **rounds[-1].figures)
+        run.record(split="test", step=run.done, **rounds[-1].figures)
     if not run.finish():
         return
     if data.is_image:

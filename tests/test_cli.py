@@ -348,6 +348,35 @@ def test_readme_commands_parse(tmp_path, monkeypatch):
         common.parse(module.Config, module.PRESETS, arguments)
 
 
+def test_readme_counts_lines_and_shows_every_picture():
+    text = (ROOT / "README.md").read_text()
+    rows = re.findall(r"\[(\w+)\.py\]\(\1\.py\) \| (\d+) ", text)
+    counted = {name: len((ROOT / f"{name}.py").read_text().splitlines()) for name in SCRIPTS}
+    assert {name: int(lines) for name, lines in rows} == counted
+    shown = set(re.findall(r"\((assets/[^)]+)\)", text))
+    assert shown == {str(path.relative_to(ROOT)) for path in (ROOT / "assets").iterdir()}
+
+
+def test_readme_example_samples_from_python(run):
+    example = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)[1]
+    assert run(*FM, "--nll-examples", "0")[0] == 0
+    names = {}
+    exec(example, names)
+    assert names["x"].shape == (64, 2)
+
+
+def test_importing_the_scripts_does_no_work():
+    """No script imports what is slow, draws a random number, or writes a file."""
+    lines = ["import sys, torch", "state = torch.get_rng_state()"]
+    lines += [f"import {script}" for script in SCRIPTS]
+    lines += ["assert torch.equal(state, torch.get_rng_state())"]
+    lines += ["print([m for m in ('torchvision', 'torch._dynamo') if m in sys.modules])"]
+    here = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", "\n".join(lines)]
+    done = subprocess.run(command, env=here, capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == "[]", done.stdout + done.stderr
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_every_item_of_the_card_is_tagged_in_the_code(script):
     source = (ROOT / f"{script}.py").read_text()

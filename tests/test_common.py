@@ -489,7 +489,7 @@ def test_schedule(tmp_path):
         run = common.Run(cfg, Line(), torch.device("cpu"))
         rates = []
         for run.done in (0, 4, 9, 10, 60, 109):
-            rates.append(run._schedule())
+            rates.append(run.schedule())
         assert rates[:4] == [0.1, 0.5, 1.0, 1.0]
         assert rates[4] == pytest.approx(middle)
         assert rates[5] == (1.0 if decay == "constant" else pytest.approx(0, abs=0.011))

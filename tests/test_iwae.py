@@ -327,12 +327,12 @@ def test_the_papers_schedule(tmp_path):
     run = iwae.Run(cfg, torch.nn.Linear(1, 1), torch.device("cpu"))
     rates = []
     for run.done in range(3280):  # a step is a pass
-        rates.append(run._schedule())
+        rates.append(run.schedule())
     for i in range(8):
         assert rates.count(pytest.approx(10 ** (-i / 7))) == 3**i
     assert rates == sorted(rates, reverse=True)
     cfg.decay, run.done = "constant", 7
-    assert run._schedule() == 1.0
+    assert run.schedule() == 1.0
 
 
 # ---- Devices and learning -----------------------------------------------------------------------
