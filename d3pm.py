@@ -1,5 +1,5 @@
 """Structured Denoising Diffusion Models in Discrete State-Spaces.
-Austin, Johnson, Ho, Tarlow, van den Berg, arXiv 2107.03006v3
+Austin, Johnson, Ho, Tarlow, van den Berg, NeurIPS 2021, arXiv 2107.03006
 
 Implements  Eq. 1 (bound); Eq. 2, Eq. 3 (corruption, marginals, posterior); Eq. 4 (the
             x0-parameterisation, k steps at a time); Eq. 5 (hybrid loss); Eq. 6, Eq. 7, App. A.2.6
