@@ -453,6 +453,7 @@ class LatentDiffusion(nn.Module):
     def adopt(self, weights, x):
         """Take a trained autoencoder's weights, and the scale of its latents of a batch x."""
         self.stage_one.load_state_dict(weights)
+        self.sigma_hat.fill_(1.0)  # a run that is resumed adopts them again
         z = self.encode(x)
         self.sigma_hat.copy_((z - z.mean()).square().mean().sqrt())  # App. G: over b, c, h and w
 

@@ -423,7 +423,7 @@ def test_pairs_stay_together(tmp_path):
         stage="",
         device=torch.device("cpu"),
         ema=lambda x, t: 0 * x + t.flip(0)[0] + 1,
-        _amp=False,
+        amp=False,
     )
     pairs = rf.simulate_pairs(run, rf.Noise((2,), "cpu"), 29, torch.Generator().manual_seed(1))
     assert pairs.z_0.shape == pairs.z_1.shape == (29, 2)
