@@ -279,10 +279,10 @@ def condition_on_A(A, d):
     return bool(convex.all() and falling.all()), bool(by_pressure)  # [condition on A]
 
 
-def is_convex(V, d, n=10_000, bound=5.0):
-    """Whether V (n, d) -> (n,) lies below its chords' middles, for n random chords."""
+def is_convex(V, d):
+    """Whether V (n, d) -> (n,) lies below the middles of 10,000 random chords, near the origin."""
     rng = torch.Generator().manual_seed(0)
-    x, y = bound * (2 * torch.rand(2, n, d, generator=rng, dtype=torch.float64) - 1)
+    x, y = 10 * torch.rand(2, 10_000, d, generator=rng, dtype=torch.float64) - 5
     chord = (V(x) + V(y)) / 2
     return bool((V((x + y) / 2) <= chord + 1e-9 * (1 + chord.abs())).all())  # [convex potentials]
 
@@ -337,11 +337,11 @@ def both_gases(rho):
     return torch.stack([power_law(q)(r) for q, r in zip(GASES.values(), rho, strict=True)])
 
 
-def gas_energy(Q, A, V=quadratic):
+def gas_energy(Q, A):
     """E = U + G of gases in 1-D whose quantiles at the levels k/N are Q (..., N+1), -> (...)."""
     ends = torch.stack([Q[..., :-1], Q[..., 1:]], dim=-1)
     mass = torch.full_like(ends[..., 0], 1 / ends.shape[-2])
-    return internal(mass, Q.diff(), A) + interaction(*quadrature(mass, ends), V)
+    return internal(mass, Q.diff(), A) + interaction(*quadrature(mass, ends), quadratic)
 
 
 def ground_state(x, q):
@@ -353,15 +353,12 @@ def ground_state(x, q):
     if q == 1:
         return torch.exp(-(x**2) / 2) / math.sqrt(2 * math.pi), -math.log(2 * math.pi) / 2
     k = 1 / (q - 1)
-    # int (1 - x²)^k dx over [-1, 1]; and with k + 1, which rho^q has
-    beta, beta_q = (
-        math.sqrt(math.pi) * math.gamma(a + 1) / math.gamma(a + 1.5) for a in (k, k + 1)
-    )
+    beta = math.sqrt(math.pi) * math.gamma(k + 1) / math.gamma(k + 1.5)  # int (1 - x²)^k dx
     height = ((q - 1) / (2 * q)) ** k
-    radius = (height * beta) ** (-1 / (2 * k + 1))
-    U = height**q * radius ** (2 * k + 3) * beta_q / (q - 1)
-    rho = height * (radius**2 - x**2).clamp(min=0) ** k
-    return rho, U * (q + 1) / 2  # [ground state]; G = (q - 1) U / 2, as dilations leave E at rest
+    radius = (height * beta) ** (-1 / (2 * k + 1))  # so that the mass is 1
+    rho = height * (radius**2 - x**2).clamp(min=0) ** k  # [ground state]
+    U = radius**2 / (3 * q - 1)  # int rho^q / (q - 1)
+    return rho, U * (q + 1) / 2  # G = (q - 1) U / 2, as dilations leave E at rest
 
 
 def starts(n):
