@@ -249,9 +249,7 @@ class Data:
         """n training examples (x, y), drawn with replacement from the device's random stream."""
         index = torch.randint(len(self.train), (n,), device=self.train.device)
         x = to_float(self.train[index])
-        if self.flip:
-            x = torch.where(torch.rand(n, 1, 1, 1, device=x.device) < 0.5, x, x.flip(-1))
-        return x, self.train_labels[index]
+        return mirrored(x) if self.flip else x, self.train_labels[index]
 
 
 def to_float(x):
@@ -267,6 +265,17 @@ def to_uint8(x):
 def dequantize(x):
     """Images at their bins' middles -> uniform over the bins, which makes the data a density."""
     return x + (torch.rand_like(x) - 0.5) / 128
+
+
+def binarize(levels, generator=None):
+    """Levels 0 .. 255 -> draws of 0 or 1, uint8 like them, of mean level / 255."""
+    return (torch.empty_like(levels).random_(0, 255, generator=generator) < levels).byte()
+
+
+def mirrored(x, generator=None):
+    """Every image of (B, C, H, W) mirrored left to right with probability 1/2."""
+    kept = torch.rand(len(x), 1, 1, 1, device=x.device, generator=generator) < 0.5
+    return torch.where(kept, x, x.flip(-1))
 
 
 def load_data(cfg, device="cpu"):
@@ -298,6 +307,14 @@ def load_data(cfg, device="cpu"):
     (train, train_labels), (test, test_labels) = [(x.to(device), y.to(device)) for x, y in splits]
     entropy = ENTROPIES.get(name)
     return Data(name, train, train_labels, test, test_labels, cfg.flip, entropy)
+
+
+def load_images(cfg, device="cpu"):
+    """load_data for a script of images alone."""
+    data = load_data(cfg, device)
+    if not data.is_image:
+        raise UserError(f"{data.name} is not made of images: give glyphs, mnist or a folder")
+    return data
 
 
 def _polar(r, angle):
