@@ -78,20 +78,31 @@ class Config(common.Config):
     dropout: common.Fraction = 0.0  # of the U-Net
 
 
-IMAGES = {"T": 100, "family": "gaussian", "head": "logistic", "steps": 4_000, "lr": 4e-3}
-IMAGES |= {"batch_size": 32, "width": 16, "blocks": 1, "beta_2": 0.99, "amp": "auto"}
-PRESETS = dict.fromkeys(("glyphs", "mnist", "fashion_mnist"), IMAGES | {"image_size": 20})
-PRESETS["folder"] = IMAGES
-PRESETS["grammar"] = {"T": 256, "length": 37, "steps": 1_300, "width": 64, "blocks": 3, "lr": 4e-3}
-PRESETS["grammar"] |= {"batch_size": 32, "bound_examples": 64, "bound_times": None}
-PRESETS["grammar"] |= {"infer_steps": 256}
-PRESETS["text8"] = {"steps": 1_000_000, "batch_size": 512, "lr": 5e-4, "warmup": 10_000}
-PRESETS["text8"] |= {"length": 256, "width": 768, "blocks": 12}  # App. B.2; its decay is rsqrt
-PRESETS["cifar10"] = IMAGES | {"T": 1000, "levels": 256, "lam": 0.001, "infer_steps": 1000}
-PRESETS["cifar10"] |= {"steps": 1_500_000, "batch_size": 128, "lr": 2e-4, "warmup": 0}  # App. B.1
-PRESETS["cifar10"] |= {"width": 128, "mult": (1, 2, 2, 2), "blocks": 2, "attention": (16,)}
-PRESETS["cifar10"] |= {"decay": "constant", "beta_2": 0.999, "ema": 0.9999, "dropout": 0.1}
-PRESETS["cifar10"] |= {"flip": True, "amp": "off"}
+# fmt: off
+IMAGES = {  # minutes on two cores
+    "T": 100, "family": "gaussian", "head": "logistic", "steps": 4_000, "batch_size": 32,
+    "lr": 4e-3, "beta_2": 0.99, "amp": "auto", "width": 16, "blocks": 1,
+}
+SMALL = IMAGES | {"image_size": 20}
+PRESETS = {
+    "glyphs": SMALL, "mnist": SMALL, "fashion_mnist": SMALL, "folder": IMAGES,
+    "grammar": {
+        "T": 256, "length": 37, "steps": 1_300, "batch_size": 32, "lr": 4e-3, "width": 64,
+        "blocks": 3, "bound_examples": 64, "bound_times": None, "infer_steps": 256,
+    },
+    "text8": {  # App. B.2; its decay is rsqrt
+        "steps": 1_000_000, "batch_size": 512, "lr": 5e-4, "warmup": 10_000,
+        "length": 256, "width": 768, "blocks": 12,
+    },
+    "cifar10": {  # App. B.1
+        "family": "gaussian", "head": "logistic", "levels": 256, "lam": 0.001, "infer_steps": 1000,
+        "steps": 1_500_000, "batch_size": 128, "lr": 2e-4, "warmup": 0, "decay": "constant",
+        "ema": 0.9999, "dropout": 0.1, "flip": True,
+        "width": 128, "mult": (1, 2, 2, 2), "blocks": 2, "attention": (16,),
+    },
+}
+# fmt: on
+
 
 # ---- Markov chains (Sec. 3.1, App. A.2, A.4) ----------------------------------------------------
 # A chain gives rows, columns and products of its matrices as logarithms; NEVER stands for log 0:
@@ -535,10 +546,8 @@ class Block(nn.Module):
 
     def forward(self, h):
         h = h + self.conv(self.norms[0](h).mT).mT
-        qkv = self.qkv(self.norms[1](h)).unflatten(
-            2, (3, self.heads, -1)
-        )  # (B, L, 3, heads, C / heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)
+        qkv = self.qkv(self.norms[1](h)).unflatten(2, (3, self.heads, -1))
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, heads, L, C / heads)
         h = h + self.mix(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
         return h + self.mlp(self.norms[2](h))
 
@@ -707,15 +716,15 @@ def evaluate(cfg, run, data, chain):
     times, last = "t = " + ", ".join(map(str, frames)), frames[0]
     if data.is_image:
         first = torch.cat([x[:16] for x in frames.values()])
-        rows = [[(times, tiles(first))], [("samples", tiles(last))]]
-    else:
-        first = [(x[i], last[i]) for i in range(3) for x in frames.values()]
-        pages = [page([(x, x) for x in last[i : i + len(first)]]) for i in range(0, n, len(first))]
-        panels = [(times, page(first)), *[("samples", x) for x in pages[:2]]]
-        rows = [panels] if cfg.length < 80 else [[panel] for panel in panels]
-    common.save_panels(run.folder / "samples.png", *rows)
-    if data.is_image:
+        panels = [(times, tiles(first))], [("samples", tiles(last))]
+        common.save_panels(run.folder / "samples.png", *panels)
         return
+    first = [(x[i], last[i]) for i in range(3) for x in frames.values()]
+    panels, high = [(times, page(first))], len(first)
+    for lines in (last[:high], last[high : 2 * high]):
+        panels += [("samples", page([(x, x) for x in lines]))] if lines else []
+    rows = [panels] if cfg.length < 80 else [[panel] for panel in panels]
+    common.save_panels(run.folder / "samples.png", *rows)
     (run.folder / "samples.txt").write_text("\n\n".join(last) + "\n", encoding="utf-8")
     if cfg.dataset == "grammar":
         truth = [is_true(line) for line in last]
@@ -728,9 +737,9 @@ def evaluate(cfg, run, data, chain):
     run.say(last[0])
 
 
-def tiles(x, columns=16):
+def tiles(x):
     """Images in [-1, 1] as one picture, uint8 (3, H, W), small ones enlarged."""
-    return common.image_grid(x, columns, scale=max(1, 960 // (columns * (x.shape[-1] + 1) + 1)))
+    return common.image_grid(x, 16, scale=max(1, 960 // (16 * (x.shape[-1] + 1) + 1)))
 
 
 def page(lines):
