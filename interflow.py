@@ -59,6 +59,7 @@ class Config(common.Config):
     blocks: Count = 2  # residual blocks, of the MLP or of each level of the U-Net
     mult: Sizes = (1, 2, 2, 2)  # channel multiple of each level of the U-Net
     attention: Sizes | None = (16,)  # resolutions with attention
+    patch: Count = 1  # side of the patches of pixels that the U-Net sees as channels
     dropout: common.Fraction = 0.0  # of the U-Net
 
 
@@ -180,16 +181,18 @@ def diagnose(v, interpolant, x_0, x_1):
     G + E|v|² is 0 at the minimum. So it is at v = 0: read it beside G and E|v|². The last two are
     v's errors in root mean square at t = 0 and t = 1, where the minimum is known.
     """
+
+    def mean_square(v):
+        return v.square().flatten(1).sum(1).mean()
+
     n = min(len(x_0), len(x_1))
     x_0, x_1, t = x_0[:n], x_1[:n], torch.rand(n, device=x_0.device)
-    x_t, _ = interpolant(x_0, x_1, t)
-    g, square = G(v, interpolant, x_0, x_1, t), v(x_t, t).square().flatten(1).sum(1).mean()
+    g, square = G(v, interpolant, x_0, x_1, t), mean_square(v(interpolant(x_0, x_1, t)[0], t))
+    figures = {"G": g, "v_squared": square, "G_plus_v_squared": g + square}  # Prop. 1
     v_0, v_1 = end_velocities(x_0, x_1, interpolant)
-    errors = [v(x_0, 0 * t) - v_0, v(x_1, 0 * t + 1) - v_1]
-    error_0, error_1 = (e.square().flatten(1).sum(1).mean().sqrt() for e in errors)
-    names = ("G", "v_squared", "G_plus_v_squared", "error_at_0", "error_at_1")
-    figures = (g, square, g + square, error_0, error_1)  # Prop. 1
-    return {name: figure.item() for name, figure in zip(names, figures, strict=True)}
+    figures["error_at_0"] = mean_square(v(x_0, 0 * t) - v_0).sqrt()
+    figures["error_at_1"] = mean_square(v(x_1, 0 * t + 1) - v_1).sqrt()
+    return {name: figure.item() for name, figure in figures.items()}
 
 
 def end_velocities(x_0, x_1, interpolant):
@@ -281,15 +284,11 @@ def gaussian_path(t, interpolant, rho_0, rho_1):
     return mean, cov, A, c
 
 
-def bures_distance(mean_0, cov_0, mean_1, cov_1):
-    """W_2², the squared Wasserstein distance of two Gaussians."""
-
-    def root(m):
-        values, vectors = torch.linalg.eigh(m)
-        return vectors @ torch.diag(values.clamp(min=0).sqrt()) @ vectors.mT
-
-    cross = root(root(cov_0) @ cov_1 @ root(cov_0))
-    return (mean_0 - mean_1).square().sum() + torch.trace(cov_0 + cov_1 - 2 * cross)
+def bures_distance(mean_0, root_0, mean_1, root_1):
+    """W_2², the squared Wasserstein distance of the two N(mean, root rootᵀ)."""
+    cross = torch.linalg.matrix_norm(root_0.mT @ root_1, "nuc")  # tr (S_0^½ S_1 S_0^½)^½
+    traces = root_0.square().sum() + root_1.square().sum()
+    return (mean_0 - mean_1).square().sum() + traces - 2 * cross
 
 
 def wasserstein_bound(v, interpolant, rho_0, rho_1):
@@ -324,10 +323,10 @@ def wasserstein_bound(v, interpolant, rho_0, rho_1):
     K = torch.linalg.matrix_norm(A_hat, ord=2).max()
     ends, _ = transport(v, corners, rtol=1e-9, atol=1e-9)  # the flow is affine as well
     M, m = (ends[1:] - ends[:1]).mT, ends[0]
-    W2_squared = bures_distance(M @ rho_0.mean + m, M @ rho_0.cov @ M.mT, rho_1.mean, rho_1.cov)
+    W2_squared = bures_distance(M @ rho_0.mean + m, M @ rho_0.root, rho_1.mean, rho_1.root)
     figures = {"W2_squared": W2_squared, "bound": torch.exp(1 + 2 * K) * H}  # Prop. 3
     figures |= {"H": H, "K": K, "G": H - energy(A, c), "min_G": -energy(A, c)}
-    figures["limit"] = -bures_distance(rho_0.mean, rho_0.cov, rho_1.mean, rho_1.cov)  # Prop. 2
+    figures["limit"] = -bures_distance(rho_0.mean, rho_0.root, rho_1.mean, rho_1.root)  # Prop. 2
     return {name: figure.item() for name, figure in figures.items()}
 
 
@@ -510,7 +509,7 @@ def evaluate_images(cfg, run, source, target):
         run.report("objective", **diagnose(run.ema, run.ema.interpolant, *ends))
     if cfg.nll_examples and from_noise:
         x_1 = held_out(target, cfg.nll_examples)
-        report_likelihood(cfg, run, "test", target, x_1, LOG_DENSITIES[source.name])
+        report_likelihood(cfg, run, "test", target, x_1, common.standard_normal_log_prob)
 
 
 # ---- The runs -----------------------------------------------------------------------------------
@@ -548,12 +547,10 @@ def prepare(cfg, device, name, target, stage=""):
 def source_names(cfg):
     """The bases, one flow each; Fig. 2's two kinds if none is named. Refuses what cannot go."""
     common.solver_options(cfg)
-    names = ["normal"]
-    if cfg.source:
-        names = cfg.source.split(",")
-    elif cfg.dataset in common.DENSITIES:
-        others = ("eight_gaussians", "checkerboard")
-        names.append(others[cfg.dataset == others[0]])  # Fig. 2
+    names = cfg.source.split(",") if cfg.source else ["normal"]
+    if not cfg.source and cfg.dataset in common.DENSITIES:
+        eight = cfg.dataset == "eight_gaussians"
+        names.append("checkerboard" if eight else "eight_gaussians")  # Fig. 2
     if len(set(names)) < len(names):
         raise UserError(f"--source {cfg.source} names a density twice")
     if cfg.learn and not cfg.time_alpha == cfg.time_beta == 1:
@@ -565,18 +562,20 @@ def source_names(cfg):
 
 def bound(cfg):
     """Prop. 3 before and after training, between two Gaussians with different axes."""
+
+    def ends(*kind):
+        mean = torch.tensor([[-1.0, 0.5], [1.0, -0.5]]).to(*kind)
+        root = torch.tensor([[[0.8, 0.0], [0.3, 0.5]], [[0.5, 0.0], [-0.4, 1.0]]]).to(*kind)
+        return [Gaussian(f"rho_{i}", mean[i], root[i]) for i in range(2)]
+
     device = common.setup(cfg)
-    means = torch.tensor([[-1.0, 0.5], [1.0, -0.5]])
-    roots = torch.tensor([[[0.8, 0.0], [0.3, 0.5]], [[0.5, 0.0], [-0.4, 1.0]]])
-    ends = [(f"rho_{i}", means[i], roots[i]) for i in range(2)]
-    exact = [Gaussian(name, mean.double(), root.double()) for name, mean, root in ends]
-    rho_0, rho_1 = (Gaussian(name, mean.to(device), root.to(device)) for name, mean, root in ends)
+    rho_0, rho_1 = ends(device)
     run = common.Run(cfg, InterFlow(AffineVelocity(2), make_interpolant(cfg)), device)
 
+    @torch.no_grad()
     def report(split):
         v = copy.deepcopy(run.ema).cpu().double()
-        with torch.no_grad():
-            run.report(split, **wasserstein_bound(v, v.interpolant, *exact))
+        run.report(split, **wasserstein_bound(v, v.interpolant, *ends(torch.float64)))
 
     if not cfg.sample:
         if run.done == 0:

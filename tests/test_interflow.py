@@ -413,18 +413,18 @@ def lowest_G(interpolant, rho_0=NARROW, rho_1=WIDE):
 
 
 def test_bures_distance():
-    ends = [(rho.mean, rho.cov) for rho in (NARROW, WIDE)]
+    ends = [(rho.mean, rho.root) for rho in (NARROW, WIDE)]
     assert_close(it.bures_distance(*ends[0], *ends[1]).item(), -LIMIT)
     assert_close(it.bures_distance(*ends[0], *ends[0]).item(), 0.0, rtol=0, atol=1e-12)
     shift = torch.tensor([3.0, -4.0])
-    moved = it.bures_distance(RHO_0.mean, RHO_0.cov, RHO_0.mean + shift, RHO_0.cov)
+    moved = it.bures_distance(RHO_0.mean, RHO_0.root, RHO_0.mean + shift, RHO_0.root)
     assert_close(moved.item(), 25.0)
     # T = S_0^-1/2 (S_0^1/2 S_1 S_0^1/2)^1/2 S_0^-1/2 is symmetric and carries S_0 to S_1; in two
     # dimensions tr (S_0^1/2 S_1 S_0^1/2)^1/2 has a form without roots of matrices.
     product = RHO_0.cov @ RHO_1.cov
     trace = torch.sqrt(torch.trace(product) + 2 * torch.sqrt(torch.linalg.det(product)))
     expected = (RHO_0.mean - RHO_1.mean).square().sum() + torch.trace(RHO_0.cov + RHO_1.cov)
-    w = it.bures_distance(RHO_0.mean, RHO_0.cov, RHO_1.mean, RHO_1.cov)
+    w = it.bures_distance(RHO_0.mean, RHO_0.root, RHO_1.mean, RHO_1.root)
     assert_close(w, expected - 2 * trace)
 
 
@@ -502,7 +502,8 @@ def test_wasserstein_bound_holds(interpolant, size):
     # the flow's end, by four particles that have rho_0's mean and covariance exactly
     sigma = math.sqrt(2) * torch.tensor([[1.0, 0], [-1, 0], [0, 1], [0, -1]])
     x, _ = it.transport(v, RHO_0.mean + sigma @ RHO_0.root.T, rtol=1e-8, atol=1e-8)
-    w = it.bures_distance(x.mean(0), x.T.cov(correction=0), RHO_1.mean, RHO_1.cov).item()
+    root = torch.linalg.cholesky(x.T.cov(correction=0))
+    w = it.bures_distance(x.mean(0), root, RHO_1.mean, RHO_1.root).item()
     assert_close(w, figures["W2_squared"], rtol=1e-5, atol=1e-6)
 
 
