@@ -580,6 +580,8 @@ class UNet(nn.Module):
         attention: the resolutions (sides in pixels, of images with side `size`) that get attention.
         attend: (channels, heads) -> a module f(h, context) to stand where attention would; forward
             hands it its `context`.
+        patch: the network sees patches of patch x patch pixels as channels of an image of so many
+            times smaller a side; `attention` counts in patches.
     """
 
     def __init__(
@@ -595,14 +597,16 @@ class UNet(nn.Module):
         dropout=0.0,
         num_classes=0,
         attend=None,
+        patch=1,
     ):
         super().__init__()
-        self.channels = channels
+        self.channels, self.patch = channels, patch
         emb = 4 * channels
         self.time = nn.Sequential(nn.Linear(channels, emb), nn.SiLU(), nn.Linear(emb, emb))
         self.label = nn.Embedding(num_classes, emb) if num_classes else None
-        self.stem = nn.Conv2d(in_channels, channels, 3, padding=1)
+        self.stem = nn.Conv2d(in_channels * patch**2, channels, 3, padding=1)
         self.down, self.up = nn.ModuleList(), nn.ModuleList()
+        size = size // patch
         side, width, widths = size, channels, [channels]
 
         def stage(c_in, c_out):
@@ -631,7 +635,8 @@ class UNet(nn.Module):
             if level:
                 self.up.append(Upsample(width))
                 side = math.ceil(size / 2 ** (level - 1))
-        out = zeroed(nn.Conv2d(width, out_channels or in_channels, 3, padding=1))
+        out_channels = (out_channels or in_channels) * patch**2
+        out = zeroed(nn.Conv2d(width, out_channels, 3, padding=1))
         self.output = nn.Sequential(group_norm(width), nn.SiLU(), out)
 
     def forward(self, x, t, y=None, context=None):
@@ -639,7 +644,7 @@ class UNet(nn.Module):
         if y is not None:
             emb = emb + self.label(y)
         emb = F.silu(emb)  # (B, 4 channels)
-        h = self.stem(x)
+        h = self.stem(F.pixel_unshuffle(x, self.patch) if self.patch > 1 else x)
         skips = [h]
         for layer in self.down:
             h = layer(h, emb, context)
@@ -651,13 +656,16 @@ class UNet(nn.Module):
                 h = layer(h, skips[-1].shape[-2:])
             else:
                 h = layer(torch.cat([h, skips.pop()], dim=1), emb, context)
-        return self.output(h)
+        h = self.output(h)
+        return F.pixel_shuffle(h, self.patch) if self.patch > 1 else h
 
 
 def network(cfg, data, in_channels=None, num_classes=0):
-    """The MLP or the U-Net for the data, of cfg's width, blocks, mult, attention and dropout."""
+    """The MLP or the U-Net for the data, of cfg's width, blocks, mult, attention, dropout, patch."""
     if not data.is_image:
         return MLP(data.shape[0], width=cfg.width, blocks=cfg.blocks, num_classes=num_classes)
+    if any(side % cfg.patch for side in data.shape[1:]):
+        raise UserError(f"--patch {cfg.patch} does not divide images of the shape {data.shape}")
     return UNet(
         in_channels or data.shape[0],
         data.shape[0],
@@ -668,6 +676,7 @@ def network(cfg, data, in_channels=None, num_classes=0):
         cfg.attention or (),
         dropout=cfg.dropout,
         num_classes=num_classes,
+        patch=cfg.patch,
     )
 
 

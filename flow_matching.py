@@ -56,6 +56,7 @@ class Config(common.Config):
     blocks: Count = 2  # residual blocks, of the MLP or of each level of the U-Net
     mult: Sizes = (1, 2, 2, 2)  # channel multiple of each level of the U-Net
     attention: Sizes | None = (16,)  # resolutions with attention
+    patch: Count = 1  # side of the patches of pixels that the U-Net sees as channels
     dropout: common.Fraction = 0.0  # of the U-Net
 
 

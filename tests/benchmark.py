@@ -393,7 +393,7 @@ def straight_rows(device):
     cfg = rectified_flow.Config(device=str(device))
     net = common.MLP(2).to(device).requires_grad_(False)
     noise = rectified_flow.Noise((2,), device)
-    run = types.SimpleNamespace(cfg=cfg, stage="", device=device, ema=net, _amp=False)
+    run = types.SimpleNamespace(cfg=cfg, stage="", device=device, ema=net, amp=False)
 
     def pairs():
         rectified_flow.simulate_pairs(run, noise, 4 * cfg.batch_size, None)
@@ -414,11 +414,192 @@ def straight_rows(device):
         row(f"assignment of {n} points", interleaved(contenders, 5), "solves/s", 1)
 
 
+# ---- Quality on MNIST ----------------------------------------------------------------------------
+
+
+class Judge(nn.Module):
+    """A small classifier trained here; a Fréchet distance in its 64 features, to the test set."""
+
+    def __init__(self, data, steps=3_000):
+        super().__init__()
+        self.features = nn.Sequential(
+            *(nn.Conv2d(1, 32, 3, 2, 1), nn.ReLU(), nn.Conv2d(32, 64, 3, 2, 1), nn.ReLU()),
+            *(nn.Flatten(), nn.Linear(64 * 49, 64), nn.ReLU()),
+        )
+        self.output = nn.Linear(64, 10)
+        optimizer = torch.optim.Adam(self.parameters(), lr=1e-3)
+        decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1, 0, steps)
+        for _ in range(steps):
+            x, y = data.batch(128)
+            optimizer.zero_grad()
+            F.cross_entropy(self.output(self.features(x)), y).backward()
+            optimizer.step()
+            decay.step()
+        with torch.no_grad():
+            features = self.features(common.to_float(data.test))
+            right = self.output(features).argmax(1) == data.test_labels
+        self.accuracy, self.reference = right.float().mean().item(), self.moments(features)
+
+    @staticmethod
+    def moments(features):
+        features = features.double()
+        return features.mean(0), features.T.cov()
+
+    @torch.no_grad()
+    def distance(self, x):
+        """|mu - mu'|² + tr(C + C' - 2 (C C')^1/2); and the part of x seen with 95 % certainty."""
+        features = self.features(x.clamp(-1, 1))
+        (mu, cov), (mu_test, cov_test) = self.moments(features), self.reference
+        root = torch.linalg.eigvals(cov @ cov_test).real.clamp(min=0).sqrt().sum()
+        distance = (mu - mu_test).square().sum() + cov.trace() + cov_test.trace() - 2 * root
+        certain = self.output(features).softmax(1).amax(1) > 0.95
+        return distance.item(), certain.float().mean().item()
+
+
+class Plain(nn.Module):
+    """The small U-Net of a tutorial: 14 x 14 and 7 x 7 behind a space-to-depth stem."""
+
+    def __init__(self, width=40):
+        super().__init__()
+        self.time = nn.Sequential(nn.Linear(64, 128), nn.SiLU(), nn.Linear(128, 128))
+        self.stem = nn.Conv2d(4, width, 3, padding=1)
+        self.shrink = nn.Conv2d(width, 2 * width, 3, 2, 1)
+        self.grow = nn.Conv2d(2 * width, width, 3, padding=1)
+        self.first, self.last = self.block(width, width), self.block(2 * width, width)
+        self.low = nn.ModuleList(self.block(2 * width, 2 * width) for _ in range(3))
+        self.output = nn.Conv2d(width, 4, 3, padding=1)
+
+    @staticmethod
+    def block(c_in, c_out):
+        parts = {
+            "norm_1": nn.GroupNorm(8, c_in),
+            "conv_1": nn.Conv2d(c_in, c_out, 3, padding=1),
+            "emb": nn.Linear(128, c_out),
+            "norm_2": nn.GroupNorm(8, c_out),
+            "conv_2": nn.Conv2d(c_out, c_out, 3, padding=1),
+            "skip": nn.Conv2d(c_in, c_out, 1),
+        }
+        return nn.ModuleDict(parts)
+
+    @staticmethod
+    def apply_block(block, x, emb):
+        h = block["conv_1"](F.silu(block["norm_1"](x))) + block["emb"](emb)[:, :, None, None]
+        return block["skip"](x) + block["conv_2"](F.silu(block["norm_2"](h)))
+
+    def forward(self, x, t):
+        emb = F.silu(self.time(common.time_embedding(t, 64)))
+        skip = self.apply_block(self.first, self.stem(F.pixel_unshuffle(x, 2)), emb)
+        h = self.shrink(skip)
+        for block in self.low:
+            h = self.apply_block(block, h, emb)
+        h = self.grow(F.interpolate(h, scale_factor=2))
+        h = self.apply_block(self.last, torch.cat([h, skip], dim=1), emb)
+        return F.pixel_shuffle(self.output(F.silu(h)), 2)
+
+
+def plain_loop(net, data, seconds, batch, optimizer, decay=True):
+    """Flow matching as a tutorial writes it, for so many seconds of CPU time -> the EMA, steps."""
+    ema = torch.optim.swa_utils.AveragedModel(
+        net, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.999)
+    )
+    lr, start, steps = optimizer.param_groups[0]["lr"], time.process_time(), 0
+    while (part := (time.process_time() - start) / seconds) < 1:
+        for group in optimizer.param_groups:
+            group["lr"] = lr * (1 - part) if decay else lr
+        x_1, _ = data.batch(batch)
+        x_0, t = torch.randn_like(x_1), torch.rand(batch)
+        x_t = torch.lerp(x_0, x_1, common.bcast(t, x_1))
+        optimizer.zero_grad()
+        (net(x_t, t) - (x_1 - x_0)).square().mean().backward()
+        optimizer.step()
+        ema.update_parameters(net)
+        steps += 1
+    return ema.module.eval(), steps
+
+
+class Swapped(nn.Module):
+    """f(x, t) of a network that takes the time first."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, x, t):
+        return self.net(t, x)
+
+
+def quality_rows(minutes, data_dir, folder):
+    """MNIST after equal CPU time: flow_matching.py's preset, a plain U-Net, torchcfm's example."""
+    seconds = 60 * minutes
+
+    def settings(out, steps):
+        flags = ["--dataset", "mnist", "--data-dir", data_dir, "--out", f"{folder}/{out}"]
+        return common.parse(flow_matching.Config, flow_matching.PRESETS, [*flags, "--steps", steps])
+
+    def ours():
+        def train(out, steps):
+            cfg = settings(out, str(steps))
+            run, data, path = flow_matching.prepare(cfg)
+            start = time.process_time()
+            flow_matching.train(cfg, run, data, path)
+            return run.ema, time.process_time() - start
+
+        train("warm", 20)
+        steps = round(40 * seconds / train("speed", 40)[1])  # within the time
+        return train("ours", steps)[0], steps
+
+    def plain():
+        net = Plain()
+        return plain_loop(net, data, seconds, 32, torch.optim.AdamW(net.parameters(), lr=2e-3))
+
+    def torchcfm():
+        from torchcfm.models.unet.unet import UNetModelWrapper
+
+        net = UNetModelWrapper(dim=(1, 28, 28), num_channels=32, num_res_blocks=1)
+        optimizer = torch.optim.Adam(net.parameters())
+        return plain_loop(Swapped(net), data, seconds, 128, optimizer, decay=False)
+
+    data = common.load_data(settings("data", "1"))
+    torch.manual_seed(0)
+    judge = Judge(data)
+    n = 500
+    floor, certain = judge.distance(common.to_float(data.train[:n]))
+    print(f"the judge is right on {judge.accuracy:.2%} of the test set", flush=True)
+    print(f"{n} training images: distance {floor:.1f}, {certain:.0%} certain", flush=True)
+    for name, contender in {"ours": ours, "plain": plain, "torchcfm": torchcfm}.items():
+        torch.manual_seed(0)
+        start = time.process_time()
+        try:
+            net, steps = contender()
+        except ImportError:
+            print("torchcfm is not installed")
+            continue
+        spent = (time.process_time() - start) / 60
+        x_0 = torch.randn(n, 1, 28, 28, generator=torch.Generator().manual_seed(1))
+        with torch.no_grad():
+            solve = {"method": "midpoint", "steps": 10}
+            x = torch.cat(
+                [common.odeint(net, part, (0.0, 1.0), **solve)[0] for part in x_0.split(100)]
+            )
+        common.save_images(f"{folder}/{name}.png", x[:64])
+        distance, certain = judge.distance(x)
+        parameters = sum(p.numel() for p in net.parameters()) / 1e6
+        print(
+            f"{name:9} {spent:5.1f} CPU-min, {steps:6} steps, {parameters:5.2f} M parameters: "
+            f"distance {distance:6.1f}, {certain:4.0%} certain",
+            flush=True,
+        )
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--gpu", action="store_true")
-    kinds = ["unet", "ode", "adjoint", "vector", "vae", "d3pm", "straight"]
+    kinds = ["unet", "ode", "adjoint", "vector", "vae", "d3pm", "straight", "quality"]
     parser.add_argument("--rows", choices=kinds)
+    about = "of training for each of the quality rows, which only --rows quality shows"
+    parser.add_argument("--minutes", type=float, default=10.0, help=f"CPU-minutes {about} [10]")
+    parser.add_argument("--data-dir", default="data", help="where MNIST lies for them [data]")
+    parser.add_argument("--out", default="runs/quality", help="where they write [runs/quality]")
     arguments = parser.parse_args()
     device = torch.device("cuda" if arguments.gpu else "cpu")
     torch.set_float32_matmul_precision("high")
@@ -432,6 +613,9 @@ def main():
         "d3pm": d3pm_rows,
         "straight": straight_rows,
     }
+    if arguments.rows == "quality":
+        quality_rows(arguments.minutes, arguments.data_dir, arguments.out)
+        return
     for name, show in rows.items():
         if arguments.rows in (None, name):
             show(device)
