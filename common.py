@@ -12,7 +12,8 @@ Conventions of the whole folder:
 import argparse
 import copy
 import dataclasses
-import glob
+import functools
+import hashlib
 import inspect
 import itertools
 import json
@@ -91,17 +92,14 @@ def cli(main, config_class, presets):
     try:
         main(parse(config_class, presets))
     except (UserError, RuntimeError, MemoryError) as error:
-        if not (isinstance(error, (UserError, MemoryError)) or _is_memory_shortage(error)):
-            raise
         line = " ".join(str(error).split())
+        no_memory = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+        if not (isinstance(error, UserError) or no_memory or "allocate memory" in line):
+            raise
         print(f"{Path(sys.argv[0]).name}: error: {line}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None
-
-
-def _is_memory_shortage(error):
-    return isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
 
 
 def parse(config_class, presets, argv=None):
@@ -126,23 +124,22 @@ def parse(config_class, presets, argv=None):
         raise UserError("--sample is empty: name a checkpoint")
     if cfg.resume and cfg.sample:
         raise UserError("--resume goes on training and --sample does not train: choose one of them")
-    if cfg.resume or cfg.sample:
-        if cfg.resume:
-            explicit["out"] = cfg.out or _default_out(cfg, occupied=True)
-        path = cfg.sample or Path(explicit["out"], "checkpoint.pt")
+    if cfg.resume:
+        explicit["out"] = cfg.out or _default_out(cfg, occupied=True)
+    path = Path(explicit["out"], "checkpoint.pt") if cfg.resume else cfg.sample
+    if path:
         saved = load_checkpoint(path, cfg.script, mmap=True)["config"]
         if unknown := saved.keys() - kinds.keys():
             raise UserError(f"{path} has the unknown setting {min(unknown)}: from another version?")
         of_its_run = {"out": None, "resume": False, "sample": None, "num_samples": 0}
         cfg = config_class(**saved | of_its_run | explicit)
-        if cfg.resume:
-            changed = {k: v for k, v in explicit.items() if k in saved and v != saved[k]}
-            changed = {k: v for k, v in changed.items() if k not in ("steps", "out", "resume")}
-            if "dataset" in changed:
-                raise UserError(f"{path} was trained on {saved['dataset']}: leave out --dataset")
-            for key, value in changed.items():
-                print(f"from here on {key} = {value}, not {saved[key]}", file=sys.stderr)
-            return cfg
+    if cfg.resume:
+        if cfg.dataset != saved["dataset"]:
+            raise UserError(f"{path} was trained on {saved['dataset']}: leave out --dataset")
+        for key in [k for k in explicit if k in saved and k not in ("steps", "out", "resume")]:
+            if explicit[key] != saved[key]:
+                print(f"from here on {key} = {explicit[key]}, not {saved[key]}", file=sys.stderr)
+        return cfg
     if cfg.out and Path(cfg.out, "checkpoint.pt").exists():
         raise UserError(f"{cfg.out} holds a checkpoint: add --resume to go on, or another --out")
     cfg.out = cfg.out or _default_out(cfg)
@@ -156,34 +153,34 @@ class _Parser(argparse.ArgumentParser):
 
 def _add_flag(parser, field, kind, text):
     """A field's flag: --x VALUE; --no-x too for a bool, and for an optional one with a default."""
-    name, flag = field.name, field.name.replace("_", "-")
-    shown = ",".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
-    text = text if field.default is None else f"{text} [{shown}]"
-    options = {"dest": name, "default": argparse.SUPPRESS, "help": text.replace("%", "%%")}
-    if kind is bool:
-        parser.add_argument(f"--{flag}", action=argparse.BooleanOptionalAction, **options)
-        return
+    flag, default = field.name.replace("_", "-"), field.default
+    options = {"dest": field.name, "default": argparse.SUPPRESS}
     if typing.get_origin(kind) in (types.UnionType, typing.Union):
-        if field.default is not None:
-            off = options | {"help": f"without {flag}"}
-            parser.add_argument(f"--no-{flag}", action="store_const", const=None, **off)
         kind = kind.__args__[0]
-    if kind is str:
-        parser.add_argument(f"--{flag}", **options)
+        if default is not None:
+            off = {"action": "store_const", "const": None, "help": f"without {flag}"}
+            parser.add_argument(f"--no-{flag}", **options, **off)
+    if default is not None:
+        shown = ",".join(map(str, default)) if isinstance(default, tuple) else default
+        text = f"{text} [{shown}]"
+    if kind is bool:
+        options["action"] = argparse.BooleanOptionalAction
     elif typing.get_origin(kind) is Literal:
-        parser.add_argument(f"--{flag}", choices=typing.get_args(kind), **options)
-    else:
+        options["choices"] = typing.get_args(kind)
+    elif kind is not str:
+        options |= {"type": functools.partial(_convert, kind), "metavar": field.name.upper()}
+    parser.add_argument(f"--{flag}", help=text.replace("%", "%%"), **options)
 
-        def convert(value):
-            with suppress(ValueError):
-                number = tuple(map(int, value.split(","))) if is_tuple else kind.__origin__(value)
-                if valid(number):
-                    return number
-            raise argparse.ArgumentTypeError(f"must be {wanted}, not {value!r}")
 
-        is_tuple = kind.__origin__ is tuple
-        valid, wanted = kind.__metadata__
-        parser.add_argument(f"--{flag}", type=convert, metavar=name.upper(), **options)
+def _convert(kind, text):
+    """A flag's text -> its value, of a kind such as Count or Sizes."""
+    valid, wanted = kind.__metadata__
+    with suppress(ValueError):
+        several = kind.__origin__ is tuple
+        value = tuple(map(int, text.split(","))) if several else kind.__origin__(text)
+        if valid(value):
+            return value
+    raise argparse.ArgumentTypeError(f"must be {wanted}, not {text!r}")
 
 
 def free_folder(stem, holds="config.json"):
@@ -199,11 +196,9 @@ def _default_out(cfg, occupied=False):
     stem = f"{cfg.script}-{Path(cfg.dataset).resolve().name}"
     if not occupied:
         return free_folder(Path("runs", stem))
-    runs = {1: Path("runs", stem)}
-    for path in Path("runs").glob(f"{glob.escape(stem)}-*"):
-        number = path.name.removeprefix(f"{stem}-")
-        runs |= {int(number): path} if number.isdecimal() else {}
-    runs = {n: path for n, path in runs.items() if (path / "checkpoint.pt").exists()}
+    numbered = re.compile(re.escape(stem) + r"(?:-(\d+))?")
+    found = [path.parent for path in Path("runs").glob("*/checkpoint.pt")]
+    runs = {int(m[1] or 1): path for path in found if (m := numbered.fullmatch(path.name))}
     if not runs:
         raise UserError(f"nothing to resume: runs/{stem} holds no checkpoint (or name it by --out)")
     return str(runs[max(runs)])
@@ -284,10 +279,8 @@ def load_data(cfg, device="cpu"):
     if world_size() > 1 and rank() > 0:  # rank 0 downloads first
         dist.barrier()
     if name in DENSITIES:
-        splits = [
-            DENSITIES[name](n, torch.Generator().manual_seed(seed))
-            for n, seed in ((1_000_000, 0), (100_000, 1))
-        ]
+        seeds = [torch.Generator().manual_seed(seed) for seed in (0, 1)]
+        splits = [DENSITIES[name](n, g) for n, g in zip((1_000_000, 100_000), seeds, strict=True)]
         if cfg.image_size or cfg.flip:
             raise UserError(f"{name} is not made of images: leave out --image-size and --flip")
     elif name == "glyphs":
@@ -321,26 +314,26 @@ def _polar(r, angle):
     return torch.stack([r * angle.cos(), r * angle.sin()], dim=1)
 
 
-def _checkerboard(n, g):
+def checkerboard(n, g):
     cell = torch.randint(8, (n,), generator=g)
     row = cell // 2
     column = 2 * (cell % 2) + row % 2
     return torch.stack([column, row], dim=1) - 2 + torch.rand(n, 2, generator=g), cell
 
 
-def _moons(n, g):
+def moons(n, g):
     moon = torch.randint(2, (n,), generator=g)
     x = _polar(1.2, math.pi * torch.rand(n, generator=g)) - torch.tensor([0.6, 0.3])
     x = torch.where(moon[:, None] == 0, x, -x)
     return x + 0.08 * torch.randn(n, 2, generator=g), moon
 
 
-def _eight_gaussians(n, g):
+def eight_gaussians(n, g):
     mode = torch.randint(8, (n,), generator=g)
     return _polar(2.0, mode * math.pi / 4) + 0.15 * torch.randn(n, 2, generator=g), mode
 
 
-def _pinwheel(n, g):
+def pinwheel(n, g):
     arm = torch.randint(5, (n,), generator=g)
     along, across = torch.tensor([[0.35], [0.12]]) * torch.randn(2, n, generator=g)
     angle = arm * (2 * math.pi / 5) + 0.35 * along.exp()
@@ -348,34 +341,28 @@ def _pinwheel(n, g):
     return 1.3 * x, arm
 
 
-def _two_spirals(n, g):
+def two_spirals(n, g):
     arm = torch.randint(2, (n,), generator=g)
     angle = 3 * math.pi * torch.rand(n, generator=g).sqrt()
     x = _polar(angle / 4.5, angle + arm * math.pi)
     return x + 0.05 * torch.randn(n, 2, generator=g), arm
 
 
-def _swiss_roll(n, g):
+def swiss_roll(n, g):
     angle = 1.5 * math.pi * (1 + 2 * torch.rand(n, generator=g))
     x = _polar(angle / 6.5, angle) + 0.06 * torch.randn(n, 2, generator=g)
     return x, torch.zeros(n, dtype=torch.long)
 
 
-def _rings(n, g):
+def rings(n, g):
     ring = torch.randint(4, (n,), generator=g)
     radius = 0.5 * (ring + 1) + 0.04 * torch.randn(n, generator=g)
     return _polar(radius, 2 * math.pi * torch.rand(n, generator=g)), ring
 
 
-DENSITIES = {  # all lie within [-3, 3]², with a standard deviation of about 1
-    "checkerboard": _checkerboard,
-    "moons": _moons,
-    "eight_gaussians": _eight_gaussians,
-    "pinwheel": _pinwheel,
-    "two_spirals": _two_spirals,
-    "swiss_roll": _swiss_roll,
-    "rings": _rings,
-}
+# All lie within [-3, 3]², with a standard deviation of about 1.
+DRAWS = (checkerboard, moons, eight_gaussians, pinwheel, two_spirals, swiss_roll, rings)
+DENSITIES = {draw.__name__: draw for draw in DRAWS}
 ENTROPIES = {
     "checkerboard": math.log(8),  # uniform on eight unit squares
     "eight_gaussians": math.log(8) + math.log(2 * math.pi * math.e * 0.15**2),  # ten sigmas apart
@@ -383,36 +370,28 @@ ENTROPIES = {
 
 # Glyphs: to write a digit is to pick one of the ways people write it, jitter and warp its control
 # points, join them by a spline, slant the curve, frame it as MNIST does, draw it with a random nib.
-# Five ways for each of 0, 1, ... 9. A point "xy" lies on a grid from 00 (top left) to 99 (bottom
-# right); a point given twice is a corner; a comma lifts the pen.
+# Five ways for each of 0, 1, ... 9, each a row of points "xy" on a grid from 00 (top left) to 99
+# (bottom right); a point given twice is a corner; a comma lifts the pen.
 WAYS = """
-60 30 12 16 29 69 87 83 70 40 | 40 13 16 39 69 86 83 60 31 | 80 40 02 07 39 79 97 82 60 33 |
-50 30 13 16 39 69 86 83 60 40 34 | 81 40 11 05 18 59 98 94 71 30 |
-50 53 56 59 | 50 54 59 | 42 60 60 63 66 69 | 43 52 60 60 63 66 69 | 33 51 60 60 63 66 69, 39 69 99 |
-12 20 60 82 74 46 19 19 49 89 | 12 30 70 73 56 38 19 07 16 37 69 98 | 20 60 72 28 09 36 58 99 |
-13 30 70 63 37 19 19 49 89 | 10 40 80 83 56 29 09 18 47 79 98 |
-11 40 71 73 44 44 64 87 79 39 17 | 10 40 80 80 44 44 74 87 69 28 | 11 60 73 54 34 54 77 59 18 |
-01 30 80 73 45 36 45 75 88 59 18 | 20 50 81 63 44 54 86 69 39 18 |
-20 13 15 15 45 85, 70 72 65 67 69 | 70 43 06 06 36 66 96, 70 73 76 79 | 20 14 35 64 84, 80 74 59 |
-10 12 15 15 55 95, 80 83 86 89 | 51 34 15 26 65 82 80 80 74 67 59 |
-30 23 24 24 54 76 78 59 18, 30 50 80 | 80 50 30 30 24 24 64 86 79 49 18 |
-80 40 21 33 65 77 59 18 | 30 24 24 53 75 78 49 18, 30 60 90 | 40 24 24 63 76 68 39 08, 41 70 90 |
-70 42 14 17 39 69 77 65 45 17 | 50 23 16 29 69 87 75 35 17 | 80 50 23 15 18 49 78 76 55 36 28 |
-60 43 26 29 59 67 55 37 | 70 22 15 18 59 88 85 54 26 38 |
-11 40 80 80 63 56 49 | 12 10 10 40 80 80 62 55 39 | 10 40 80 80 63 56 49, 25 45 85 |
-12 31 61 81 63 46 29 | 11 30 60 82 75 68 59 |
-81 50 21 33 55 77 69 39 17 35 63 81 50 | 71 40 12 23 65 78 59 28 16 44 72 70 50 |
-90 50 22 34 66 68 49 27 36 63 90 | 50 21 13 54 83 71 40, 54 15 18 59 88 85 44 |
-80 60 21 23 55 77 69 29 17 44 82 80 |
-72 60 30 13 25 45 73 71 71 74 67 69 | 71 40 12 14 35 65 72 71 71 75 78 59 29 17 |
-70 30 13 35 74 70 70 65 59 | 81 50 21 13 35 64 81 73 56 39 | 60 22 14 35 63 70 60 81 75 58 39
+60301216296987837040 401316396986836031 80400207397997826033 5030131639698683604034
+81401105185998947130 50535659 505459 426060636669 43526060636669 33516060636669,396999
+12206082744619194989 123070735638190716376998 2060722809365899 133070633719194989
+1040808356290918477998 1140717344446487793917 10408080444474876928 116073543454775918
+0130807345364575885918 20508163445486693918 201315154585,7072656769 70430606366696,70737679
+2014356484,807459 101215155595,80838689 5134152665828080746759 302324245476785918,305080
+8050303024246486794918 8040213365775918 3024245375784918,306090 4024246376683908,417090
+70421417396977654517 502316296987753517 8050231518497876553628 6043262959675537 70221518598885542638
+11408080635649 121010408080625539 10408080635649,254585 12316181634629 11306082756859
+81502133557769391735638150 71401223657859281644727050 9050223466684927366390
+50211354837140,54151859888544 806021235577692917448280 726030132545737171746769
+7140121435657271717578592917 703013357470706559 81502113356481735639 6022143563706081755839
 """
 SAMPLES = 80  # along the path of the pen
 
 
 def _splines():
     """Of all V ways: control points (V, K, 2), spline (V, P, K), which steps draw (V, P-1, 1)."""
-    ways = [[stroke.split() for stroke in way.split(",")] for way in WAYS.split("|")]
+    ways = [[re.findall("..", stroke) for stroke in way.split(",")] for way in WAYS.split()]
     most = max(sum(map(len, way)) for way in ways)
     points = torch.zeros(len(ways), most, 2)
     spline = torch.zeros(len(ways), SAMPLES, most)
@@ -486,33 +465,28 @@ def _torchvision_splits(name, root):
 def _damaged_file(kind, root):
     """The first of torchvision's files that exists, but is not what it should be; or None."""
     if hasattr(kind, "base_folder"):  # CIFAR-10
-        from torchvision.datasets.utils import check_integrity
-
-        for name, md5 in kind.train_list + kind.test_list:
-            path = root / kind.base_folder / name
-            if path.exists() and not check_integrity(path, md5):
-                return path
+        files = kind.train_list + kind.test_list
+        marks = {root / kind.base_folder / name: md5 for name, md5 in files}
     else:
-        sizes = (47_040_016, 60_008, 7_840_016, 10_008)
-        for (name, _), size in zip(kind.resources, sizes, strict=True):
-            path = root / kind.__name__ / "raw" / Path(name).stem
-            if path.exists() and path.stat().st_size != size:
+        names = [Path(name).stem for name, _ in kind.resources]
+        paths = [root / kind.__name__ / "raw" / name for name in names]
+        marks = dict(zip(paths, (47_040_016, 60_008, 7_840_016, 10_008), strict=True))  # bytes
+    for path, mark in marks.items():
+        if path.exists():
+            whole = path.read_bytes()
+            if mark not in (len(whole), hashlib.md5(whole).hexdigest()):
                 return path
     return None
 
 
 def _folder_splits(root, size):
     """Every image below `root`, centre-cropped to size × size; every tenth one is held out."""
-    readable = Image.registered_extensions().items()
-    suffixes = {suffix for suffix, kind in readable if kind in Image.OPEN}
+    suffixes = {s for s, kind in Image.registered_extensions().items() if kind in Image.OPEN}
     paths = sorted(p for p in root.rglob("*") if p.suffix.lower() in suffixes and p.is_file())
     if len(paths) < 2:
-        raise UserError(
-            f"{root} holds {len(paths)} images, and two is the least: is it the folder?"
-        )
+        raise UserError(f"{root} holds {len(paths)} images, two is the least: is it the folder?")
     kinds = [path.relative_to(root).parts[0] if path.parent != root else "" for path in paths]
-    classes = sorted(set(kinds))
-    y = torch.tensor([classes.index(kind) for kind in kinds])
+    y = torch.from_numpy(np.unique(kinds, return_inverse=True)[1])
     x = np.empty((len(paths), size, size, 3), dtype=np.uint8)
     for i, path in enumerate(tqdm(paths, "decoding", disable=rank() > 0, leave=False)):
         try:
@@ -808,13 +782,11 @@ def odeint(f, x, t, method="dopri5", *, steps=None, rtol=1e-5, atol=1e-5, max_st
     """
     is_tuple = isinstance(x, tuple)
     times = [float(time) for time in t]
-    if len(times) < 2:
-        raise ValueError("two times or more are needed")
-    ascending = times[-1] > times[0]
+    rises = {b > a for a, b in itertools.pairwise(times) if a != b}
+    if len(rises) != 1 or len(set(times)) < len(times):
+        raise ValueError(f"two times or more, that rise or fall strictly, are needed, not {times}")
     if method not in TABLEAUX:
         raise ValueError(f"unknown method {method!r}: one of {', '.join(TABLEAUX)}")
-    if any((b > a) != ascending or a == b for a, b in zip(times, times[1:], strict=False)):
-        raise ValueError(f"the times must rise or fall strictly, not {times}")
     if steps is None and method != "dopri5":
         raise ValueError(f"{method} does not adapt its step: give steps")
     evaluations = 0
@@ -829,13 +801,13 @@ def odeint(f, x, t, method="dopri5", *, steps=None, rtol=1e-5, atol=1e-5, max_st
     start = x if is_tuple else (x,)
     start = tuple(x_i.float() if x_i.dtype.itemsize < 4 else x_i for x_i in start)
     if steps is None:
-        states = _dopri5(field, start, times, rtol, atol, max_steps)
+        parts = _dopri5(field, start, times, rtol, atol, max_steps)
     else:
-        states = _fixed_steps(field, start, times, TABLEAUX[method], steps)
+        parts = _fixed_steps(field, start, times, TABLEAUX[method], steps)
     if isinstance(t, Tensor):
-        solution = tuple(map(torch.stack, zip(*states, strict=True)))
+        solution = tuple(map(torch.cat, zip(*parts, strict=True)))
     else:
-        solution = states[-1]
+        solution = tuple(x_i[-1] for x_i in parts[-1])
     return (solution if is_tuple else solution[0]), evaluations
 
 
@@ -856,70 +828,69 @@ def _advance(x, h, weights, k):
     """x + h sum_j weights_j k_j, for every component of the state."""
     for weight, k_j in zip(weights, k, strict=True):
         if weight:
-            x = tuple(
-                torch.add(x_i, k_i, alpha=h * weight) for x_i, k_i in zip(x, k_j, strict=True)
-            )
+            x = tuple(map(functools.partial(torch.add, alpha=h * weight), x, k_j))
     return x
 
 
-def _stages(field, x, t, h, tableau, k_1):
-    nodes, rows, _ = tableau
-    k = [k_1]
+def _step(field, x, t, h, tableau, k):
+    """The state after a step; k = [field(x, t)] becomes the list of all its slopes."""
+    nodes, rows, weights = tableau
     for node, row in zip(nodes[1:], rows[1:], strict=True):
         k.append(field(_advance(x, h, row, k), t + node * h))
-    return k
+    return _advance(x, h, weights, k)
 
 
 def _fixed_steps(field, x, times, tableau, steps):
+    """The states at the times, a list of tuples of (1, B, ...)."""
     states = [x]
-    for a, b in zip(times, times[1:], strict=False):
+    for a, b in itertools.pairwise(times):
         h = (b - a) / steps
-        for i in range(steps):
-            k = _stages(field, x, a + i * h, h, tableau, field(x, a + i * h))
-            x = _advance(x, h, tableau[2], k)
+        for t in (a + i * h for i in range(steps)):
+            x = _step(field, x, t, h, tableau, [field(x, t)])
         states.append(x)
     if not all(x_i.is_meta or x_i.isfinite().all() for x_i in x):
         raise SolverError("the solution is not finite: take more steps, or look at the field")
-    return states
+    return [tuple(x_i[None] for x_i in state) for state in states]
 
 
 def _dopri5(field, x, times, rtol, atol, max_steps):
-    def size(v, x, x_new):  # the largest root mean square of the components, in tolerances
-        ratios = [
-            v_i / (atol + rtol * torch.maximum(x_i.abs(), n_i.abs()))
-            for v_i, x_i, n_i in zip(v, x, x_new, strict=True)
-        ]
-        with torch.no_grad():
-            return torch.stack([r.square().mean().sqrt() for r in ratios]).max().item()
+    """The states at the times, a list of tuples of (n, B, ...), one for each step that saw any."""
 
-    nodes, rows, weights = TABLEAUX["dopri5"]
-    t, end = times[0], times[-1]
-    states, waiting = [x], times[1:]
-    k_1 = field(x, t)
-    h = _first_step(field, x, k_1, t, end, size)
+    def ratio(v_i, a, b):
+        return v_i / (atol + rtol * torch.maximum(a.abs(), b.abs()))
+
+    @torch.no_grad()
+    def size(v, x, x_new):  # the largest root mean square of the components, in tolerances
+        sizes = [r.square().mean().sqrt() for r in map(ratio, v, x, x_new)]
+        return torch.stack(sizes).max().item()
+
+    t, *waiting = times
+    end, states, k = times[-1], [tuple(x_i[None] for x_i in x)], [field(x, t)]
+    h = _first_step(field, x, k[0], t, end, size)
     error, before, after_rejection = 0.0, 1e-4, False  # `before`: the last accepted step's error
     for _ in range(max_steps):
         if abs(end - t) <= 1.01 * abs(h):
             h = end - t
         if t + h == t:
-            cause = (
-                "small" if math.isfinite(error) else "small: the field returns non-finite values"
-            )
-            raise SolverError(f"at t = {t:.6g} the step of dopri5 became too {cause}")
-        k = _stages(field, x, t, h, TABLEAUX["dopri5"], k_1)
-        x_new = _advance(x, h, weights, k)
+            cause = "" if math.isfinite(error) else ": the field returns non-finite values"
+            raise SolverError(f"at t = {t:.6g} the step of dopri5 became too small{cause}")
+        x_new = _step(field, x, t, h, TABLEAUX["dopri5"], k)
         k.append(field(x_new, t + h))
-        zero = tuple(map(torch.zeros_like, x))
-        error = size(_advance(zero, h, DOPRI5_ERROR, k), x, x_new)
+        with torch.no_grad():
+            zero = tuple(map(torch.zeros_like, x))
+            error = size(_advance(zero, h, DOPRI5_ERROR, k), x, x_new)
         if not error <= 1:  # rejected; also where the error is NaN
             h *= max(0.2, 0.9 * error**-0.2) if math.isfinite(error) else 0.2
             after_rejection = True
+            del k[1:]
             continue
-        while waiting and abs(waiting[0] - t) <= abs(h):
-            states.append(_dense(x, x_new, k, h, (waiting.pop(0) - t) / h))
-        x, k_1, t = x_new, k[-1], t + h
+        if seen := [time for time in waiting if abs(time - t) <= abs(h)]:
+            states.append(_dense(x, x_new, k, h, [(time - t) / h for time in seen]))
+            del waiting[: len(seen)]
         if not waiting:
             return states
+        x, t = x_new, t + h
+        del k[:-1]  # the last slope of a step is the first of the next
         # Gustafsson's PI controller; Hairer, Norsett & Wanner, IV.2
         factor = 0.9 * max(error, 1e-10) ** -0.17 * before**0.04
         h *= min(1.0 if after_rejection else 10.0, max(0.2, factor))
@@ -935,26 +906,26 @@ def _first_step(field, x, k_1, t, end, size):
     if not (math.isfinite(d_0) and math.isfinite(d_1)):
         raise SolverError(f"the state or the field is not finite at the start, t = {t:.6g}")
     sign = 1 if end > t else -1
-    h_0 = 1e-6 if min(d_0, d_1) < 1e-5 else 0.01 * d_0 / d_1
-    h_0 = min(h_0, abs(end - t))
-    x_1 = _advance(x, sign * h_0, [1], [k_1])
-    k_2 = field(x_1, t + sign * h_0)
-    d_2 = size(tuple(b - a for a, b in zip(k_1, k_2, strict=True)), x, x) / h_0
+    h_0 = min(1e-6 if min(d_0, d_1) < 1e-5 else 0.01 * d_0 / d_1, abs(end - t))
+    k_2 = field(_advance(x, sign * h_0, [1], [k_1]), t + sign * h_0)
+    d_2 = size(tuple(map(torch.sub, k_2, k_1)), x, x) / h_0
     h_1 = max(1e-6, h_0 * 1e-3) if max(d_1, d_2) <= 1e-15 else (0.01 / max(d_1, d_2)) ** 0.2
     return sign * min(100 * h_0, h_1, abs(end - t))
 
 
 def _dense(x, x_new, k, h, theta):
-    """The state a fraction theta of the way through an accepted step; x_new itself at theta = 1."""
-    if theta == 1:
-        return x_new
+    """The states (n, B, ...) at n fractions theta of an accepted step; x_new itself at 1."""
+    if theta == [1.0]:
+        return tuple(b[None] for b in x_new)
     states = []
     for i, (a, b) in enumerate(zip(x, x_new, strict=True)):
+        part = a.new_tensor(theta).view(-1, *[1] * a.ndim)  # (n, 1, ..., 1)
         rise = b - a
         bend = h * k[0][i] - rise
         last = h * sum(d * k_j[i] for d, k_j in zip(DOPRI5_DENSE, k, strict=True) if d)
-        third = bend + (rise - h * k[-1][i] - bend) * theta + last * (theta * (1 - theta))
-        states.append(a + theta * (rise + (1 - theta) * third))
+        third = torch.addcmul(rise - h * k[-1][i] - bend, 1 - part, last)
+        back = torch.addcmul(rise, -part, torch.addcmul(bend, part, third))
+        states.append(torch.addcmul(b, part - 1, back))
     return tuple(states)
 
 
@@ -970,30 +941,25 @@ def divergence(f, x, t, z=None, forward=False):
     estimate zᵀ (dv/dx) z by one. Reverse mode by default; forward=True takes forward mode, which
     needs less memory, but not every operation has it. Differentiable where gradients are enabled.
     """
-    if forward:
-        if z is not None:
-            v, jvp = torch.func.jvp(lambda x: f(x, t), (x,), (z,))
-            return v, (jvp * z).flatten(1).sum(1)
+    if z is None:
         basis = torch.eye(x[0].numel(), dtype=x.dtype, device=x.device)
-        columns = [
-            torch.func.jvp(lambda x: f(x, t), (x,), (e.view_as(x[0]).expand_as(x),)) for e in basis
-        ]
-        return columns[0][0], sum(column.flatten(1)[:, i] for i, (_, column) in enumerate(columns))
+        probes = [e.view_as(x[0]).expand_as(x) for e in basis]
+    else:
+        probes = [z]
+    if forward:
+        pairs = [torch.func.jvp(lambda x: f(x, t), (x,), (e,)) for e in probes]
+        traces = ((e * pair[1]).flatten(1).sum(1) for e, pair in zip(probes, pairs, strict=True))
+        return pairs[0][0], sum(traces)
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
         x = x if x.requires_grad else x.detach().requires_grad_()
         v = f(x, t)
         v = v + 0 * x  # so that a field that does not depend on x has a derivative too
-        if z is not None:
-            (vjp,) = torch.autograd.grad(v, x, z, create_graph=create_graph)
-            div = (vjp * z).flatten(1).sum(1)
-        else:
-            div = 0
-            for i in range(x[0].numel()):
-                rest = create_graph or i + 1 < x[0].numel()
-                v_i = v.flatten(1)[:, i].sum()
-                (row,) = torch.autograd.grad(v_i, x, retain_graph=rest, create_graph=create_graph)
-                div = div + row.flatten(1)[:, i]
+        div = 0
+        for i, e in enumerate(probes, 1):
+            rest = create_graph or i < len(probes)
+            (vjp,) = torch.autograd.grad(v, x, e, retain_graph=rest, create_graph=create_graph)
+            div = div + (e * vjp).flatten(1).sum(1)
     return (v, div) if create_graph else (v.detach(), div.detach())
 
 
@@ -1054,11 +1020,8 @@ def setup(cfg):
     if name == "auto":
         mps = torch.backends.mps.is_available()
         name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
-    if (
-        "RANK" in os.environ
-        and int(os.environ.get("WORLD_SIZE", 1)) > 1
-        and not dist.is_initialized()
-    ):
+    launched = "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", 1)) > 1
+    if launched and not dist.is_initialized():
         if name == "cuda":
             name = f"cuda:{os.environ['LOCAL_RANK']}"
         dist.init_process_group("nccl" if name.startswith("cuda") else "gloo")
@@ -1072,12 +1035,6 @@ def setup(cfg):
     torch.set_float32_matmul_precision("high")  # TF32 where there is any
     torch.manual_seed(cfg.seed + rank())  # each process its own stream of data and noise
     return device
-
-
-def has_bfloat16_units(device):
-    """Whether the device is a CPU that multiplies bfloat16 matrices (AMX, AVX512-BF16)."""
-    supported = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
-    return device.type == "cpu" and supported
 
 
 class Run:
@@ -1099,30 +1056,27 @@ class Run:
     """
 
     def __init__(self, cfg, net, device, stage="", optimizer=None):
-        self.amp = cfg.amp == "on" or (cfg.amp == "auto" and has_bfloat16_units(device))
-        # Convolutions like channels-last memory; on a CPU, GroupNorm in bfloat16 does not.
-        slow = device.type == "mps" or (device.type == "cpu" and self.amp)
-        layout = torch.preserve_format if slow else torch.channels_last
-        self.cfg, self.net, self.device = cfg, net.to(device, memory_format=layout), device
-        self.folder, self.stage = Path(cfg.out), stage
+        self.cfg, self.device, self.stage, self.folder = cfg, device, stage, Path(cfg.out)
         self.file = self.folder / (f"checkpoint-{stage}.pt" if stage else "checkpoint.pt")
-        if cfg.batch_size % world_size():
+        self.done, self._losses, self._stop = 0, [], False
+        processes, on_cpu = world_size(), device.type == "cpu"
+        if cfg.batch_size % processes:
             raise UserError(
-                f"--batch-size {cfg.batch_size} does not divide by {world_size()} processes"
+                f"--batch-size {cfg.batch_size} does not divide by {processes} processes"
             )
+        units = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+        self.amp = cfg.amp == "on" or (cfg.amp == "auto" and on_cpu and units)
+        # Convolutions like channels-last memory; on a CPU, GroupNorm in bfloat16 does not.
+        slow = device.type == "mps" or (on_cpu and self.amp)
+        layout = torch.preserve_format if slow else torch.channels_last
+        self.net = net.to(device, memory_format=layout)
         self._forward = torch.compile(net) if cfg.compile else net
-        if world_size() > 1:
+        if processes > 1:
             self._forward = nn.parallel.DistributedDataParallel(self._forward)
         self.ema = copy.deepcopy(net).eval().requires_grad_(False)
-        parameters = list(net.parameters())
-        self.optimizer = (
-            optimizer(parameters)
-            if optimizer
-            else torch.optim.Adam(parameters, lr=cfg.lr, betas=(0.9, cfg.beta_2), fused=True)
-        )
-        self.done, self._losses, self._stop = 0, [], False
-        self._parameters = parameters
-        self._ema_parameters = list(self.ema.parameters())
+        self._parameters, self._ema_parameters = list(net.parameters()), list(self.ema.parameters())
+        adam = functools.partial(torch.optim.Adam, lr=cfg.lr, betas=(0.9, cfg.beta_2), fused=True)
+        self.optimizer = (optimizer or adam)(self._parameters)
         if stage:  # whether the stages before were trained or loaded, the noise is the same
             torch.manual_seed(cfg.seed + rank() + zlib.crc32(stage.encode()))
         if cfg.sample:
@@ -1148,16 +1102,11 @@ class Run:
         self.net.train()
         started_at = self.done
         self._saved_at = self._logged_at = time.monotonic()
-        signals = (signal.SIGINT, signal.SIGTERM)
-        old_handlers = {number: signal.signal(number, self._on_signal) for number in signals}
-        to_file = 0.1 if sys.stderr.isatty() else 30  # seconds between refreshes
-        self.bar = tqdm(
-            desc=self.stage or None,
-            total=self.cfg.steps,
-            initial=self.done,
-            disable=rank() > 0,
-            mininterval=to_file,
-        )
+        numbers = (signal.SIGINT, signal.SIGTERM)
+        old_handlers = {number: signal.signal(number, self._on_signal) for number in numbers}
+        progress = {"desc": self.stage or None, "total": self.cfg.steps, "initial": self.done}
+        between = 0.1 if sys.stderr.isatty() else 30  # seconds between refreshes
+        self.bar = tqdm(**progress, disable=rank() > 0, mininterval=between)
         try:
             while self.done < self.cfg.steps:
                 yield self.done
@@ -1173,10 +1122,10 @@ class Run:
         cfg = self.cfg
         self.optimizer.zero_grad()
         loss.backward()
+        gradients = [p.grad for p in self._parameters if p.grad is not None]
+        norm = nn.utils.get_total_norm(gradients)
         if cfg.clip:
-            norm = nn.utils.clip_grad_norm_(self._parameters, cfg.clip)
-        else:
-            norm = nn.utils.get_total_norm([p.grad for p in self._parameters if p.grad is not None])
+            nn.utils.clip_grads_with_norm_(self._parameters, cfg.clip, norm)
         for group in self.optimizer.param_groups:
             group["lr"] = cfg.lr * self.schedule()
         self.optimizer.step()
@@ -1226,14 +1175,12 @@ class Run:
         return losses
 
     def _log(self, norm):
-        losses = self._check()
-        self._losses = []
-        now = time.monotonic()
-        mean, rate = sum(losses) / len(losses), len(losses) / (now - self._logged_at)
-        self._logged_at = now
+        losses, self._losses = self._check(), []
+        since, self._logged_at = self._logged_at, time.monotonic()
+        mean, rate = sum(losses) / len(losses), len(losses) / (self._logged_at - since)
         self.bar.set_postfix(loss=f"{mean:.4f}", refresh=False)
-        lr, norm = self.optimizer.param_groups[0]["lr"], norm.item()
-        self.record(step=self.done, loss=mean, lr=lr, grad_norm=norm, steps_per_second=rate)
+        figures = {"lr": self.optimizer.param_groups[0]["lr"], "grad_norm": norm.item()}
+        self.record(step=self.done, loss=mean, **figures, steps_per_second=rate)
 
     def report(self, split, **figures):
         """Print evaluation figures and add them to metrics.jsonl."""
@@ -1265,23 +1212,16 @@ class Run:
         rng = {"cpu": torch.get_rng_state()}
         if self.device.type in ("cuda", "mps"):
             rng["device"] = getattr(torch, self.device.type).get_rng_state()
-        every_rng = [rng]
+        every_rng = [rng] * world_size()
         if world_size() > 1:
-            every_rng = [None] * world_size()
             dist.all_gather_object(every_rng, rng)
         self._saved_at = time.monotonic()
         if rank() > 0:
             return
-        state = {
-            "script": self.cfg.script,
-            "stage": self.stage,
-            "step": self.done,
-            "config": dataclasses.asdict(self.cfg),
-            "model": self.net.state_dict(),
-            "ema": self.ema.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "rng": every_rng,
-        }
+        state = {"script": self.cfg.script, "stage": self.stage, "step": self.done}
+        state |= {"config": dataclasses.asdict(self.cfg), "rng": every_rng}
+        state |= {"model": self.net.state_dict(), "ema": self.ema.state_dict()}
+        state["optimizer"] = self.optimizer.state_dict()
         temporary = self.file.with_suffix(".tmp")
         try:
             with open(temporary, "wb") as file:
@@ -1317,22 +1257,20 @@ class Run:
         """Make the folder, write config.json, drop the metrics that this run will write again."""
         if rank() > 0:
             return
-        versions = {"python": platform.python_version(), "torch": torch.__version__}
-        about = {"script": self.cfg.script, **dataclasses.asdict(self.cfg), **versions}
+        metrics, temporary = self.folder / "metrics.jsonl", self.folder / "metrics.tmp"
+        about = {"script": self.cfg.script, **dataclasses.asdict(self.cfg)}
+        about |= {"python": platform.python_version(), "torch": torch.__version__}
+        about["device"] = f"{self.device} ({platform.processor() or platform.machine()})"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            metrics = self.folder / "metrics.jsonl"
             lines = metrics.read_text().splitlines(True) if metrics.exists() else []
-            temporary = metrics.with_suffix(".tmp")
             temporary.write_text("".join(line for line in lines if self._is_past(line)))
             os.replace(temporary, metrics)
-            about["device"] = f"{self.device} ({platform.processor() or platform.machine()})"
             if not self.stage:  # a later stage may change its own settings, not the run's
                 (self.folder / "config.json").write_text(json.dumps(about, indent=2) + "\n")
         except OSError as error:
-            raise UserError(
-                f"cannot write to {self.folder}: {error.strerror}; choose --out"
-            ) from None
+            reason = f"cannot write to {self.folder}: {error.strerror}"
+            raise UserError(f"{reason}; choose --out") from None
 
     def _is_past(self, line):
         """Whether a line of metrics.jsonl stands, and will not be written again."""
@@ -1402,15 +1340,15 @@ def image_grid(x, columns=8, scale=1):
 
 def heat_image(values, size=256):
     """Values >= 0, (S, S), first axis x to the right, second y upwards -> uint8 (3, size, size)."""
-    anchors = [[8, 8, 32], [68, 15, 110], [170, 40, 110], [240, 110, 50], [255, 245, 170]]
-    anchors = torch.tensor(anchors)
+    anchors = torch.tensor(
+        [[8, 8, 32], [68, 15, 110], [170, 40, 110], [240, 110, 50], [255, 245, 170]]
+    )
     top = values.flatten().kthvalue(int(0.995 * values.numel())).values.clamp(min=1e-12)
     level = (values / top).clamp(0, 1).T.flip(0) * (len(anchors) - 1)
     low = level.floor().clamp(max=len(anchors) - 2)
     part = (level - low)[..., None]
     rgb = anchors[low.long()] * (1 - part) + anchors[low.long() + 1] * part
-    image = rgb.permute(2, 0, 1)[None].float()
-    return F.interpolate(image, size=(size, size), mode="nearest")[0].to(torch.uint8)
+    return F.interpolate(rgb.permute(2, 0, 1)[None], size=(size, size))[0].to(torch.uint8)
 
 
 def density_image(points, bound=3.0, bins=128, size=256):
@@ -1458,11 +1396,11 @@ def chart(shapes, box, size=(256, 256), axes=None, legend=(), heat=None):
     def pixel(x, y):
         return (x - left) * width / (right - left), (top - y) * height / (top - bottom)
 
-    ticks = [(v, None) for v in round_numbers(left, right)] if axes else []
-    ticks += [(None, v) for v in round_numbers(bottom, top)] if axes else []
-    for x, y in ticks if heat is None else []:
-        ends = (x, bottom, x, top) if y is None else (left, y, right, y)
-        draw.line((*pixel(*ends[:2]), *pixel(*ends[2:])), "#e9eaf0", 2)
+    columns, rows = [round_numbers(*ends) if axes else [] for ends in (box[:2], box[2:])]
+    if heat is None:
+        grid = [((x, bottom), (x, top)) for x in columns] + [((left, y), (right, y)) for y in rows]
+        for start, end in grid:
+            draw.line((*pixel(*start), *pixel(*end)), "#e9eaf0", 2)
     for kind, points, colour, extra in shapes:
         pixels = [pixel(x, y) for x, y in points.tolist()]
         if kind == "line":
@@ -1477,32 +1415,29 @@ def chart(shapes, box, size=(256, 256), axes=None, legend=(), heat=None):
                 draw.circle(point, 3 * extra, own)
     plot = plot.resize(size, Image.Resampling.LANCZOS)
     if axes or legend:
-        plot = _framed(plot, pixel, ticks, axes or ("", ""), legend)
+        marks = [(x, pixel(x, 0)[0] / 3) for x in columns], [(y, pixel(0, y)[1] / 3) for y in rows]
+        plot = _framed(plot, *marks, axes or ("", ""), legend)
     return torch.from_numpy(np.asarray(plot).copy()).permute(2, 0, 1)
 
 
-def _framed(plot, pixel, ticks, labels, legend):
-    """The plot in a frame with numbers at the ticks, two labels and a legend above."""
-    x_0, y_0 = 46, 24
-    page = Image.new("RGB", (x_0 + plot.width + 12, y_0 + plot.height + 34), "white")
+def _framed(plot, columns, rows, labels, legend):
+    """The plot in a frame with numbers at (number, pixel)s, two labels and a legend above."""
+    x_0, y_0, grey, black = 46, 24, "#555a66", "#15171f"
+    x_1, y_1 = x_0 + plot.width, y_0 + plot.height
+    page = Image.new("RGB", (x_1 + 12, y_1 + 34), "white")
     page.paste(plot, (x_0, y_0))
     draw = ImageDraw.Draw(page)
-    frame = (x_0 - 1, y_0 - 1, x_0 + plot.width, y_0 + plot.height)
-    draw.rectangle(frame, outline="#b9bcc8")
-    for x, y in ticks:
-        text = f"{x if y is None else y:.10g}"
-        if y is None:
-            at = (x_0 + pixel(x, 0)[0] / 3, frame[3] + 4)
-        else:
-            at = (x_0 - 5, y_0 + pixel(0, y)[1] / 3)
-        draw.text(at, text, "#555a66", anchor="ma" if y is None else "rm", font_size=11)
-    below = (x_0 + plot.width / 2, frame[3] + 17)
-    draw.text(below, labels[0], "#15171f", anchor="ma", font_size=13)
-    draw.text((4, 4), labels[1], "#15171f", font_size=13)
+    draw.rectangle((x_0 - 1, y_0 - 1, x_1, y_1), outline="#b9bcc8")
+    for number, x in columns:
+        draw.text((x_0 + x, y_1 + 4), f"{number:.10g}", grey, anchor="ma", font_size=11)
+    for number, y in rows:
+        draw.text((x_0 - 5, y_0 + y), f"{number:.10g}", grey, anchor="rm", font_size=11)
+    draw.text((x_0 + plot.width / 2, y_1 + 17), labels[0], black, anchor="ma", font_size=13)
+    draw.text((4, 4), labels[1], black, font_size=13)
     at = x_0 + 14 + draw.textlength(labels[1], font_size=13)
     for text, colour in legend:
         draw.rectangle((at, 9, at + 11, 14), colour)
-        draw.text((at + 15, 4), text, "#555a66", font_size=12)
+        draw.text((at + 15, 4), text, grey, font_size=12)
         at += 27 + draw.textlength(text, font_size=12)
     return page
 

@@ -81,6 +81,32 @@ def test_dopri5_dense_output():
     assert_close(back.flip(0), truth, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("sign", [1, -1])
+def test_times_within_one_step_are_interpolated_together(sign):
+    """All at once as each one alone; the last is the step's own end, to the bit."""
+
+    def pair(state, t):
+        return field(state[0], t), state[1] * a
+
+    a = torch.tensor(0.7, requires_grad=True)
+    start = (X_0, torch.ones(2))  # float64 and float32
+    times = sign * torch.linspace(0, 3, 31, dtype=torch.float64)
+    (x, y), _ = common.odeint(pair, start, times)
+    assert x.shape == (31, 2, 2)
+    assert y.shape == (31, 2)
+    assert torch.equal(x[0], X_0)
+    for i in range(1, 30, 4):
+        alone, _ = common.odeint(pair, start, torch.stack([times[0], times[i], times[-1]]))
+        assert_close(x[i], alone[0][1], rtol=1e-13, atol=1e-13)
+        assert_close(y[i], alone[1][1], rtol=1e-6, atol=1e-6)
+    end, _ = common.odeint(pair, start, (0.0, 3.0 * sign))
+    assert torch.equal(x[-1], end[0])
+    assert torch.equal(y[-1], end[1])
+    (gradient,) = torch.autograd.grad(y[:, 0].sum(), a)
+    truth = (times * (0.7 * times).exp()).sum()  # d/da of exp(a t)
+    assert_close(gradient.item(), truth.item(), rtol=1e-4, atol=0)
+
+
 def test_odeint_counts_evaluations_and_passes_times():
     seen = []
 
