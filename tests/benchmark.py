@@ -6,9 +6,7 @@ machine's speed meets all alike. Not collected by pytest.
 """
 
 import argparse
-import ctypes
 import itertools
-import re
 import statistics
 import sys
 import tempfile
@@ -212,22 +210,22 @@ class Field(torch.nn.Module):
         return self.net(z)
 
 
+CPU = [torch.profiler.ProfilerActivity.CPU]
+
+
 def peak_megabytes(work):
-    """The most memory that the work takes on top of what was taken before it."""
+    """The most memory of tensors that the work holds at once on top of what was held before it."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         work()
         return (torch.cuda.max_memory_allocated() - before) / 1e6
-    ctypes.CDLL(None).malloc_trim(0)  # Linux: give back what is free already
-    Path("/proc/self/clear_refs").write_text("5")  # and let the peak start anew
-    before = kilobytes("VmRSS")
-    work()
-    return (kilobytes("VmHWM") - before) / 1e3
-
-
-def kilobytes(name):
-    return int(re.search(rf"{name}:\s+(\d+)", Path("/proc/self/status").read_text())[1])
+    # The process's size would add the heap's holes and the libraries' buffers, which dwarf these.
+    with torch.profiler.profile(activities=CPU, profile_memory=True) as profile:
+        work()
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    events.sort(key=lambda event: event.start_ns())
+    return max(itertools.accumulate(event.nbytes() for event in events)) / 1e6
 
 
 def adjoint_rows(device):
