@@ -183,10 +183,10 @@ def _convert(kind, text):
     raise argparse.ArgumentTypeError(f"must be {wanted}, not {text!r}")
 
 
-def free_folder(stem, holds="config.json"):
-    """The first of stem, stem-2, stem-3 … that does not hold the file."""
+def free_folder(stem):
+    """The first of stem, stem-2, stem-3 … that holds no run."""
     paths = (Path(f"{stem}-{n}" if n > 1 else stem) for n in itertools.count(1))
-    return str(next(path for path in paths if not (path / holds).exists()))
+    return str(next(path for path in paths if not (path / "config.json").exists()))
 
 
 def _default_out(cfg, occupied=False):
@@ -457,9 +457,10 @@ def _torchvision_splits(name, root):
         cause = f"{damaged} is damaged, remove it" if damaged else f"no download ({error})"
         ways = "--data-dir DIR that holds torchvision's files, or the embedded glyphs, checkerboard"
         raise UserError(f"{name} is not to be had in {root}: {cause}; or use {ways}") from None
-    x = [torch.as_tensor(split.data) for split in splits]
-    x = [x.permute(0, 3, 1, 2).contiguous() if x.ndim == 4 else x[:, None] for x in x]
-    return [(x, torch.as_tensor(split.targets)) for x, split in zip(x, splits, strict=True)]
+    pairs = [(torch.as_tensor(split.data), torch.as_tensor(split.targets)) for split in splits]
+    return [
+        (x.permute(0, 3, 1, 2).contiguous() if x.ndim == 4 else x[:, None], y) for x, y in pairs
+    ]
 
 
 def _damaged_file(kind, root):
@@ -782,8 +783,7 @@ def odeint(f, x, t, method="dopri5", *, steps=None, rtol=1e-5, atol=1e-5, max_st
     """
     is_tuple = isinstance(x, tuple)
     times = [float(time) for time in t]
-    rises = {b > a for a, b in itertools.pairwise(times) if a != b}
-    if len(rises) != 1 or len(set(times)) < len(times):
+    if len(times) < 2 or sorted(set(times)) not in (times, times[::-1]):
         raise ValueError(f"two times or more, that rise or fall strictly, are needed, not {times}")
     if method not in TABLEAUX:
         raise ValueError(f"unknown method {method!r}: one of {', '.join(TABLEAUX)}")
@@ -1018,8 +1018,8 @@ def setup(cfg):
     """Seed, choose the device, join torchrun's process group if there is one -> the device."""
     name = cfg.device
     if name == "auto":
-        mps = torch.backends.mps.is_available()
-        name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+        kinds = {"cuda": torch.cuda, "mps": torch.backends.mps}
+        name = next((kind for kind, module in kinds.items() if module.is_available()), "cpu")
     launched = "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", 1)) > 1
     if launched and not dist.is_initialized():
         if name == "cuda":
@@ -1061,9 +1061,7 @@ class Run:
         self.done, self._losses, self._stop = 0, [], False
         processes, on_cpu = world_size(), device.type == "cpu"
         if cfg.batch_size % processes:
-            raise UserError(
-                f"--batch-size {cfg.batch_size} does not divide by {processes} processes"
-            )
+            raise UserError(f"--batch-size {cfg.batch_size} is to divide by {processes} processes")
         units = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
         self.amp = cfg.amp == "on" or (cfg.amp == "auto" and on_cpu and units)
         # Convolutions like channels-last memory; on a CPU, GroupNorm in bfloat16 does not.
@@ -1103,7 +1101,7 @@ class Run:
         started_at = self.done
         self._saved_at = self._logged_at = time.monotonic()
         numbers = (signal.SIGINT, signal.SIGTERM)
-        old_handlers = {number: signal.signal(number, self._on_signal) for number in numbers}
+        handlers = {number: signal.signal(number, self._on_signal) for number in numbers}
         progress = {"desc": self.stage or None, "total": self.cfg.steps, "initial": self.done}
         between = 0.1 if sys.stderr.isatty() else 30  # seconds between refreshes
         self.bar = tqdm(**progress, disable=rank() > 0, mininterval=between)
@@ -1114,7 +1112,7 @@ class Run:
                 self.save()
         finally:
             self.bar.close()
-            for number, handler in old_handlers.items():
+            for number, handler in handlers.items():
                 signal.signal(number, handler)
 
     def step(self, loss):
@@ -1167,10 +1165,9 @@ class Run:
     def _check(self):
         """The losses since the last line of metrics, as numbers; a UserError if one is not."""
         losses = torch.stack(self._losses).tolist() if self._losses else []
+        kept = f"{self.file} is the last good one" if self.file.exists() else "nothing was saved"
         for step, loss in enumerate(losses, self.done - len(losses) + 1):
             if not math.isfinite(loss):
-                saved = self.file.exists()
-                kept = f"{self.file} is the last good one" if saved else "nothing was saved"
                 raise UserError(f"the loss is {loss} at step {step}; {kept}; try a smaller --lr")
         return losses
 
@@ -1269,8 +1266,8 @@ class Run:
             if not self.stage:  # a later stage may change its own settings, not the run's
                 (self.folder / "config.json").write_text(json.dumps(about, indent=2) + "\n")
         except OSError as error:
-            reason = f"cannot write to {self.folder}: {error.strerror}"
-            raise UserError(f"{reason}; choose --out") from None
+            cause = error.strerror
+            raise UserError(f"cannot write to {self.folder}: {cause}; choose --out") from None
 
     def _is_past(self, line):
         """Whether a line of metrics.jsonl stands, and will not be written again."""
@@ -1282,7 +1279,7 @@ class Run:
         if stage != self.stage:
             return bool(self.cfg.resume or self.stage)
         evaluated_again = "split" in record and self.done >= self.cfg.steps
-        return step < self.done or (step == self.done and not evaluated_again)
+        return step < self.done + (not evaluated_again)
 
     def write_samples(self, draw):
         """cfg.num_samples of draw(n) to samples.npz, in batches: images uint8 (N, H, W, C), the
@@ -1331,8 +1328,8 @@ def image_grid(x, columns=8, scale=1):
     x = (x if x.dtype == torch.uint8 else to_uint8(x)).cpu()
     columns = min(columns, len(x))
     rows = math.ceil(len(x) / columns)
-    x = F.pad(x.expand(-1, 3, -1, -1), (1, 0, 1, 0), value=64)  # a line above and at the left
-    x = F.pad(x, (0, 0, 0, 0, 0, 0, 0, rows * columns - len(x)), value=64)
+    missing = rows * columns - len(x)
+    x = F.pad(x.expand(-1, 3, -1, -1), (1, 0, 1, 0, 0, 0, 0, missing), value=64)  # and lines
     grid = x.unflatten(0, (rows, columns)).permute(2, 0, 3, 1, 4).flatten(3).flatten(1, 2)
     grid = F.pad(grid, (0, 1, 0, 1), value=64)
     return grid.repeat_interleave(scale, 1).repeat_interleave(scale, 2)
@@ -1340,9 +1337,8 @@ def image_grid(x, columns=8, scale=1):
 
 def heat_image(values, size=256):
     """Values >= 0, (S, S), first axis x to the right, second y upwards -> uint8 (3, size, size)."""
-    anchors = torch.tensor(
-        [[8, 8, 32], [68, 15, 110], [170, 40, 110], [240, 110, 50], [255, 245, 170]]
-    )
+    anchors = [[8, 8, 32], [68, 15, 110], [170, 40, 110], [240, 110, 50], [255, 245, 170]]
+    anchors = torch.tensor(anchors)
     top = values.flatten().kthvalue(int(0.995 * values.numel())).values.clamp(min=1e-12)
     level = (values / top).clamp(0, 1).T.flip(0) * (len(anchors) - 1)
     low = level.floor().clamp(max=len(anchors) - 2)
