@@ -26,6 +26,7 @@ Run         python score_sde.py                       checkerboard
 """
 
 import dataclasses
+import itertools
 import math
 import os
 from dataclasses import dataclass
@@ -68,6 +69,7 @@ class Config(common.Config):
     blocks: Count = 2  # residual blocks, of the MLP or of each level of the U-Net
     mult: Sizes = (1, 2, 2, 2)  # channel multiple of each level of the U-Net
     attention: Sizes | None = (16,)  # resolutions with attention
+    patch: Count = 1  # side of the patches of pixels that the U-Net sees as channels
     dropout: common.Fraction = 0.0  # of the U-Net
 
 
@@ -583,18 +585,20 @@ def compare(cfg, data, device):
     """On 2-D data, Table 1: every SDE's samplers at equal numbers of evaluations, M corrector steps
     after each predictor step; and App. D.5: codes by two networks, one of half the width."""
     budgets = cfg.sampler_steps // 2, cfg.sampler_steps, 2 * cfg.sampler_steps
-    solver, test, table, codes = {"rtol": cfg.tol, "atol": cfg.tol}, data.test[:10_000], [], []
-    networks = [(name, cfg.width) for name in ("ve", "vp", "subvp")]
-    for name, width in [*networks, ("subvp", math.ceil(cfg.width / 2))]:
+    test, table = data.test[:10_000], []
+
+    def trained(name, width):
         out = common.free_folder(f"{cfg.out}/{name}-{width}")
         here = dataclasses.replace(cfg, compare=False, sde=name, width=width, out=out)
         run, sde = prepare(here, data, device)
         run.say(f"training with the {name} SDE, width {width}")
         train(here, run, data, sde)
-        score, x_1 = score_model(run.ema, sde, cfg.score), sde.prior(5_000, 2, device=device)
-        codes.append(follow(score, sde, test[:2_000], (sde.eps, 1), **solver)[0])
-        samplers = [(predictor, M) for predictor in PREDICTORS for M in (0, 1)] + [("none", 2)]
-        for predictor, M in samplers if len(codes) < 4 else ():
+        return score_model(run.ema, sde, cfg.score), sde
+
+    for name in ("ve", "vp", "subvp"):
+        score, sde = trained(name, cfg.width)
+        x_1 = sde.prior(5_000, 2, device=device)
+        for predictor, M in [*itertools.product(PREDICTORS, (0, 1)), ("none", 2)]:
             if (name, predictor) == ("subvp", "ancestral"):
                 continue
             row = f"{name:6}{predictor:18}{M:2}"
@@ -603,15 +607,17 @@ def compare(cfg, data, device):
                 x, _ = pc_sample(score, sde, x_1, steps, predictor, M, cfg.snr)
                 row += f"{1e3 * common.energy_distance(x, test):8.2f}"
             table.append(row)  # Table 1
-        for tol in (1e-2, 1e-3, 1e-5) if len(codes) < 4 else ():
+        for tol in (1e-2, 1e-3, 1e-5):
             x, nfe = follow(score, sde, x_1, (1, sde.eps_sample), rtol=tol, atol=tol)
             distance = 1e3 * common.energy_distance(x, test)
             table.append(f"{name:6}ODE, tolerance {tol:.0e}{distance:8.2f} ({nfe} evaluations)")
+    scores = score, trained("subvp", math.ceil(cfg.width / 2))[0]
+    solver = {"rtol": cfg.tol, "atol": cfg.tol}
+    a, b = (follow(s, sde, test[:2_000], (sde.eps, 1), **solver)[0] for s in scores)  # App. D.5
+    apart, shuffled = ((a - c).square().mean().sqrt().item() for c in (b, b.roll(1, 0)))
     print("1000 times the energy distance of 5000 samples to 10000 points of the data")
     print(f"{'SDE':6}{'predictor':19}M" + "".join(f"{n:8}" for n in budgets), *table, sep="\n")
     print(f"{'data':26}{1e3 * common.energy_distance(data.train[:5_000], test):8.2f}")
-    a, b = codes[-2:]  # App. D.5
-    apart, shuffled = ((a - c).square().mean().sqrt().item() for c in (b, b.roll(1, 0)))
     print(f"codes of two networks: {apart:.3f} apart, {shuffled:.3f} if shuffled")
 
 
