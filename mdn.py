@@ -114,10 +114,10 @@ def derivatives(m, t, sigma_min=0.0):
     precision = (-2 * m.log_sigma).exp()  # 1 / sigma_i²
     error = m.mu - t[:, None]  # (B, K, c)
     free = 1 - sigma_min**2 * precision  # 1 for the paper's sigma = exp(z): Departure 2
-    d_alpha = m.alpha - pi  # [derivatives]
-    d_sigma = -pi * (error.square().sum(dim=2) * precision - c) * free  # [derivatives]
-    d_mu = (pi * precision)[..., None] * error  # [derivatives]
-    return torch.cat([d_alpha, d_sigma, d_mu.flatten(1)], dim=1)
+    d_alpha = m.alpha - pi
+    d_sigma = -pi * (error.square().sum(dim=2) * precision - c) * free
+    d_mu = (pi * precision)[..., None] * error
+    return torch.cat([d_alpha, d_sigma, d_mu.flatten(1)], dim=1)  # [derivatives]
 
 
 class ErrorFunction(torch.autograd.Function):
@@ -309,10 +309,9 @@ def read_csv(path, targets, inputs=None):
             rows = [(lines.line_num, row) for row in lines if row]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"cannot read {path} as a .csv in UTF-8: {error}") from None
-    t_names, x_names = (
-        [n.strip() for n in (names or "").split(",")] for names in (targets, inputs)
-    )
-    x_names = x_names if inputs else [name for name in header if name not in t_names]
+    t_names = [name.strip() for name in (targets or "").split(",")]
+    others = [name for name in header if name not in t_names]
+    x_names = [name.strip() for name in inputs.split(",")] if inputs else others
     names, shown = x_names + t_names, ", ".join(header[:12])
     unknown = ", ".join(name for name in names if name not in header)
     for wrong, message in (
@@ -439,14 +438,11 @@ def train(cfg, net, pairs, error, device, stage=""):
 
 def evaluate(cfg, run, m, y, pairs):
     """Figures of the mixtures m and the least-squares network's y, in the targets' own units."""
-
-    rmse = [
-        (pairs.std * (t - pairs.test_t)).square().sum(dim=1).mean().sqrt().item()
-        for t in (conditional_mean(m), y)
-    ]
     nll = pairs.std.log().sum() - log_density(m, pairs.test_t)
     figures = {"nll": nll.mean().item(), "standard_error": common.standard_error(nll)}
-    figures |= {"rmse_of_mean": rmse[0], "rmse_of_least_squares": rmse[1]}
+    for name, t in (("mean", conditional_mean(m)), ("least_squares", y)):
+        error = pairs.std * (t - pairs.test_t)
+        figures[f"rmse_of_{name}"] = error.square().sum(dim=1).mean().sqrt().item()
     if cfg.dataset == "inverse":
         entropy, variance = inverse_limits()
         figures |= {"entropy": entropy, "least_rmse": math.sqrt(variance)}
@@ -455,14 +451,10 @@ def evaluate(cfg, run, m, y, pairs):
 
 def robot_table(run, m, y, x):
     """Errors of the hand that should be at x, ours beside the paper's."""
-    errors = {
-        "least squares": miss(y, x),
-        "conditional mean": miss(conditional_mean(m), x),
-        "most probable component": miss(most_probable(m), x),
-        "central value": miss(central_value(m), x),
-        "mode": miss(mode(m), x),
-        "sample": miss(sample(m), x),
-    }
+    angles = {"least squares": y, "conditional mean": conditional_mean(m)}
+    angles |= {"most probable component": most_probable(m), "central value": central_value(m)}
+    angles |= {"mode": mode(m), "sample": sample(m)}
+    errors = {name: miss(theta, x) for name, theta in angles.items()}
     run.report("robot", **{name.replace(" ", "_"): error for name, error in errors.items()})
     run.say("RMS distance of the hand    here   the paper's, as reported")
     for name, error in errors.items():
