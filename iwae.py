@@ -115,9 +115,9 @@ class IWAE(nn.Module):
         with torch.no_grad():
             self.p[0][-1].bias.copy_(mean.clamp(0.001, 0.999).logit())  # Departure 2
 
-    def infer(self, x, eps, keep):
+    def infer(self, x, eps, keep=None):
         """From x upwards: every q(h_l | h_l-1), the sample h_l and log q of its units."""
-        h, layers = x, []
+        h, layers, keep = x, [], keep or [1.0] * len(self.q)
         for q, eps_l, keep_l in zip(self.q, eps.split(self.latent, dim=-1), keep, strict=True):
             q_l = Gaussian(*q(h).to(eps.dtype).chunk(2, dim=-1))
             h = keep_l * q_l.sample(eps_l)  # Eq. 4
@@ -227,7 +227,7 @@ def bounds(log_w, ks):
 def activity(model, x, samples=20):
     """A_u = Cov_x(E_q(u|x)[u]) of every unit, (J_1 + .. + J_L,), over images x (N, D)."""
     eps = torch.randn(samples, len(x), sum(model.latent), dtype=x.dtype, device=x.device)
-    layers = model.infer(x, eps, [1.0] * len(model.q))
+    layers = model.infer(x, eps)
     means = [q_l.mu.expand(samples, -1, -1).mean(0) for q_l, _, _ in layers]  # (N, J_l)
     return torch.cat([mu.var(0) for mu in means])  # Sec. 5.2
 
@@ -238,32 +238,23 @@ ACTIVE = 1e-2  # Sec. 5.2: a unit is active if its A_u is larger
 # ---- Data and training --------------------------------------------------------------------------
 
 
-def binarize(levels, generator=None):
-    """Levels 0 .. 255 -> draws of 0 or 1, of mean level / 255."""
-    return torch.empty_like(levels).random_(0, 255, generator=generator) < levels  # 0 .. 254
-
-
 class Images:
     """A data set's images, binary and flat; the test images once and for all, in random order."""
 
     def __init__(self, cfg, data):
-        if not data.is_image:
-            raise UserError(f"{data.name} is not made of images: take glyphs, mnist or a folder")
         self.levels, self.shape, self.flip = data.train, data.shape, data.flip
         rng = torch.Generator(data.train.device).manual_seed(cfg.seed)
         order = torch.randperm(len(data.test), generator=rng, device=rng.device)
-        self.test = binarize(data.test, rng).flatten(1).float()[order]
+        self.test = common.binarize(data.test, rng).flatten(1).float()[order]
         if cfg.binarization == "fixed":  # App. D
-            self.levels = 255 * binarize(self.levels, rng).byte()  # binarised again, these stay
+            self.levels = 255 * common.binarize(self.levels, rng)  # binarised again, these stay
 
     def batch(self, n):
-        """n random training images (x, y), (n, D)."""
+        """n random training images (x, index)."""
         index = torch.randint(len(self.levels), (n,), device=self.levels.device)
         levels = self.levels[index]
-        if self.flip:
-            mirror = torch.rand(n, 1, 1, 1, device=levels.device) < 0.5
-            levels = torch.where(mirror, levels.flip(-1), levels)
-        return binarize(levels).flatten(1).float(), index
+        levels = common.mirrored(levels) if self.flip else levels
+        return common.binarize(levels).flatten(1).float(), index
 
 
 class Run(common.Run):
@@ -345,15 +336,12 @@ def table_1(cfg, images):
     """Table 1: test likelihood and active units of VAE and IWAE for every k, beside the paper's."""
     rows = []
     for k in cfg.ks:
-        cells = {}
-        for objective in ("vae", "iwae"):
-            if k == 1 and cells:
-                cells[objective] = cells["vae"]  # the same objective: Sec. 3
-            else:
-                name = f"{objective}-{k}"
-                _, cells[objective] = fit(cfg, images, name, objective=objective, k=k)
+        _, as_vae = fit(cfg, images, f"vae-{k}", objective="vae", k=k)
+        as_iwae = as_vae  # the same objective for k = 1: Sec. 3
+        if k > 1:
+            _, as_iwae = fit(cfg, images, f"iwae-{k}", objective="iwae", k=k)
         paper = PAPER.get((len(cfg.latent), k), ("", ""))
-        columns = (cells["vae"], paper[0], cells["iwae"], paper[1])
+        columns = (as_vae, paper[0], as_iwae, paper[1])
         rows.append(f"{k:4d}" + "".join(f"{column:>18}" for column in columns))
     print("test -log p(x) in nats [active units]; the paper's columns: MNIST, 3280 passes")
     print("   k" + "".join(f"{title:>18}" for title in ("VAE", "paper", "IWAE", "paper")))
@@ -412,23 +400,17 @@ def posteriors(model, images, n=6):
     axis = torch.linspace(-4, 4, 81, device=images.test.device)
     grid = torch.cartesian_prod(axis, axis)  # (6561, 2)
     logits = model.logits(grid)
-    panels = []
+    above, below = [], []
     for x in images.test[:n]:
         log_p = log_bernoulli(x, logits) + standard_normal(grid).sum(1)
         heat = log_p.softmax(0).view(81, 81)
         eps = torch.randn(60, 1, 2, device=x.device)
-        h = model.infer(x[None], eps, [1.0])[0][1][:, 0]
+        h = model.infer(x[None], eps)[0][1][:, 0]
         shapes = [("dots", h.cpu(), "#7fd1ff", 1.6)]
         posterior = common.chart(shapes, (-4, 4, -4, 4), (174, 174), heat=heat)
         shown = torch.cat([x[None], model.logits(h[:5]).sigmoid()])
-        panels.append((posterior, tiles(images, shown, 6)))
-    above = [
-        ("posterior, and samples of q" if i == 0 else "", panel[0])
-        for i, panel in enumerate(panels)
-    ]
-    below = [
-        ("x, and p(x | h) of five" if i == 0 else "", panel[1]) for i, panel in enumerate(panels)
-    ]
+        below.append(("" if above else "x, and p(x | h) of five", tiles(images, shown, 6)))
+        above.append(("" if above else "posterior, and samples of q", posterior))
     return above, below
 
 
@@ -437,18 +419,13 @@ def picture(run, images, A, log_w, n=12):
     model = run.ema
     x = images.test[torch.arange(n * n // 2, device=images.test.device) % len(images.test)]
     eps = torch.randn(1, len(x), sum(model.latent), device=x.device)
-    means = model.logits(model.infer(x, eps, [1.0] * len(model.q))[0][1][0]).sigmoid()
+    means = model.logits(model.infer(x, eps)[0][1][0]).sigmoid()
     pairs = torch.stack([x.unflatten(0, (-1, n)), means.unflatten(0, (-1, n))], dim=1).flatten(0, 2)
-    rows = [
-        [
-            ("test images above their reconstructions", tiles(images, pairs, n)),
-            ("samples", tiles(images, model.sample(n * n), n)),
-        ],
-        [("tighter with k", bound_chart(log_w)), ("active units", activity_chart(A))],
-    ]
-    if model.latent == (2,):
-        rows += posteriors(model, images)
-    common.save_panels(run.folder / "samples.png", *rows)
+    above = [("test images above their reconstructions", tiles(images, pairs, n))]
+    above.append(("samples", tiles(images, model.sample(n * n), n)))
+    charts = [("tighter with k", bound_chart(log_w)), ("active units", activity_chart(A))]
+    rows = posteriors(model, images) if model.latent == (2,) else ()
+    common.save_panels(run.folder / "samples.png", above, charts, *rows)
 
 
 # ---- The command line ---------------------------------------------------------------------------
@@ -460,7 +437,7 @@ def main(cfg):
     if cfg.table and (cfg.resume or cfg.sample or cfg.num_samples or "RANK" in os.environ):
         raise UserError("--table trains anew, in one process, and writes no samples")
     device = common.setup(cfg)
-    images = Images(cfg, common.load_data(cfg, device))
+    images = Images(cfg, common.load_images(cfg, device))
     if cfg.table:
         (table_1 if cfg.table == "1" else table_2)(cfg, images)
         return

@@ -344,28 +344,17 @@ def build(cfg, shape, latent):
     return kind(*networks, latent, likelihood=cfg.decoder)
 
 
-def binarize(levels, generator=None):
-    """Levels 0 .. 255 -> draws of 0 or 1, of mean level / 255."""
-    return torch.empty_like(levels).random_(0, 255, generator=generator) < levels  # 0 .. 254
-
-
 class Images:
     """A data set's flat images, (B, D), as the decoder's likelihood wants them."""
 
     def __init__(self, cfg, data):
-        if not data.is_image:
-            raise UserError(f"{data.name} is not made of images: take glyphs, mnist or a folder")
         self.shape, self.flip, self.gaussian = data.shape, data.flip, cfg.decoder == "gaussian"
         self.levels = data.train[: cfg.train_size]
         rng = torch.Generator(data.train.device).manual_seed(cfg.seed)
         order = torch.randperm(len(data.test), generator=rng, device=rng.device)
-        if self.gaussian:
-            test = common.dequantize(common.to_float(data.test))
-        else:
-            test = binarize(data.test, rng).float()
-            if cfg.binarization == "fixed":
-                self.levels = 255 * binarize(self.levels, rng).byte()  # binarised again, these stay
-        self.test, self.labels = test.flatten(1)[order], data.test_labels[order]
+        self.test, self.labels = self.draw(data.test, rng)[order], data.test_labels[order]
+        if cfg.binarization == "fixed" and not self.gaussian:
+            self.levels = 255 * common.binarize(self.levels, rng)  # binarised again, these stay
 
     def __len__(self):
         return len(self.levels)
@@ -377,12 +366,13 @@ class Images:
 
     def images(self, index):
         levels = self.levels[index]
-        if self.flip:
-            mirror = torch.rand(len(levels), 1, 1, 1, device=levels.device) < 0.5
-            levels = torch.where(mirror, levels.flip(-1), levels)
+        return self.draw(common.mirrored(levels) if self.flip else levels)
+
+    def draw(self, levels, rng=None):
+        """Levels (B, C, H, W) -> (B, D): dequantised for a Gaussian decoder, else binary."""
         if self.gaussian:
             return common.dequantize(common.to_float(levels)).flatten(1)
-        return binarize(levels).flatten(1).float()
+        return common.binarize(levels, rng).flatten(1).float()
 
 
 # ---- Training -----------------------------------------------------------------------------------
@@ -550,7 +540,7 @@ def picture(runs, images, n=12):
 def prepare(cfg):
     """The images, and a function that starts the run of a stage."""
     device = common.setup(cfg)
-    data = common.load_data(cfg, device)
+    data = common.load_images(cfg, device)
     images = Images(cfg, data)
     if cfg.network == "conv" and (data.shape[1] % 4 or data.shape[2] % 4):
         raise UserError("--network conv needs images whose sides are multiples of 4: --image-size")

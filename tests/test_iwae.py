@@ -295,7 +295,7 @@ def test_removal_is_a_smaller_network():
 
 def test_binarization():
     levels = torch.arange(256, dtype=torch.uint8).repeat(4000, 1)
-    x = iwae.binarize(levels).double().mean(0)
+    x = common.binarize(levels).double().mean(0)
     assert x[0] == 0
     assert x[255] == 1
     assert_close(x, torch.arange(256) / 255, rtol=0, atol=0.04)  # five standard errors
