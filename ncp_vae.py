@@ -40,8 +40,8 @@ from common import Count, Natural, Positive, UserError
 class Config(common.Config):
     dataset: str = "glyphs"  # a data set's name, or a folder of images
     steps: Natural = 2_000  # optimisation steps of each stage
-    lr: Positive = 2e-3  # peak learning rate of Adam
     batch_size: Count = 128  # images per step; as many draws of q(z) and of p(z)
+    lr: Positive = 2e-3  # peak learning rate of Adam
     clip: Positive | None = None  # largest norm of the gradient
     latent: Count = 2  # d, latents in each group
     groups: Count = 1  # K, groups of the hierarchical prior
@@ -57,8 +57,8 @@ class Config(common.Config):
     judge_steps: Natural = 500  # of the classifier whose features compare images
 
 
-DIGITS = {"steps": 8_000, "latent": 10, "proposals": 5_000, "langevin_steps": 500}
-PRESETS = {"mnist": DIGITS, "fashion_mnist": DIGITS}
+MNIST = {"steps": 8_000, "latent": 10, "proposals": 5_000, "langevin_steps": 500}
+PRESETS = {"mnist": MNIST, "fashion_mnist": MNIST}
 
 
 # ---- The VAE: first stage -----------------------------------------------------------------------
@@ -72,9 +72,8 @@ class Gaussian(NamedTuple):
 
     def sample(self, *shape, temperature=1.0):
         """Draws, shape + mean's shape."""
-        noise = torch.randn(
-            *shape, *self.mean.shape, dtype=self.mean.dtype, device=self.mean.device
-        )
+        kind = {"dtype": self.mean.dtype, "device": self.mean.device}
+        noise = torch.randn(*shape, *self.mean.shape, **kind)
         return self.mean + temperature * self.log_sigma.exp() * noise  # [temperature]
 
     def log_prob(self, z):
@@ -134,10 +133,8 @@ class VAE(nn.Module):
     def forward(self, x):
         """A bound on log p(x): x (B, D) -> (B,)."""
         z, pairs = self.encode(x)
-        bound = self.log_likelihood(x, z) - sum(
-            kl(q, p) for q, p in pairs
-        )  # [evidence lower bound]
-        return bound[0]
+        divergence = sum(kl(q, p) for q, p in pairs)
+        return (self.log_likelihood(x, z) - divergence)[0]  # [evidence lower bound]
 
 
 # ---- The noise contrastive prior: second stage --------------------------------------------------
@@ -185,9 +182,9 @@ def ncp_losses(vae, log_r, x):
     return losses
 
 
-def log_partition(log_r):
-    """log Z, Z = E_p[r(z)], from log r at M draws of the base prior, (M, ...) -> (...)."""
-    return log_r.logsumexp(dim=0) - math.log(len(log_r))  # [partition function]
+def log_mean(log_w):
+    """log of the mean of M weights, (M, ...) -> (...). Of r at draws of the base prior: log Z."""
+    return log_w.logsumexp(dim=0) - math.log(len(log_w))  # Z = E_p[r(z)]: [partition function]
 
 
 def effective_share(log_r):
@@ -248,23 +245,15 @@ def log_weights(vae, log_r, x, samples, proposals):
     logarithms of their exponentials' means, which are tighter. proposals: M of every Z_k.
     """
     z, pairs = vae.encode(x, samples)
-    base = vae.log_likelihood(x, z)
-    base = base + sum(
-        p.log_prob(z_k) - q.log_prob(z_k)
-        for (q, p), z_k in zip(pairs, z.split(vae.latent, dim=-1), strict=True)
-    )
-    gain = 0
-    for k in range(vae.groups):
+    change, gain = 0, 0  # of the bound: log p(z) - log q(z | x), and what the NCP adds to it
+    for k, ((q, p), z_k) in enumerate(zip(pairs, z.split(vae.latent, dim=-1), strict=True)):
+        change = change + (p.log_prob(z_k) - q.log_prob(z_k))
         context = z[..., : k * vae.latent] if k else z.new_zeros(0)  # Z_1 is one number
         drawn = vae.prior(context).sample(proposals)
-        log_z = log_partition(log_r(join(context, drawn)))
+        log_z = log_mean(log_r(join(context, drawn)))
         gain = gain + log_r(z[..., : (k + 1) * vae.latent]) - log_z
+    base = vae.log_likelihood(x, z) + change
     return base, base + gain  # E_q[log p(x|z)] - KL(q || p) + E_q[log r] - log Z: [bound]
-
-
-def log_mean(log_w):
-    """log of the mean of weights, (S, B) -> (B,)."""
-    return log_w.logsumexp(dim=0) - math.log(len(log_w))
 
 
 # ---- Comparing images ---------------------------------------------------------------------------
@@ -368,8 +357,8 @@ def compare_bounds(cfg, run, vae, log_r, test):
         run.report(name, **figures, standard_error=common.standard_error(log_p))
     gains = {"elbo": (ncp - base).mean(dim=0), "log_p": log_mean(ncp) - log_mean(base)}
     for name, gain in gains.items():
-        error = common.standard_error(gain)
-        run.report(f"gain of {name}", nats=gain.mean().item(), standard_error=error)
+        figures = {"nats": gain.mean().item(), "standard_error": common.standard_error(gain)}
+        run.report(f"gain of {name}", **figures)
 
 
 def compare_samples(cfg, run, vae, log_r, judge, x, train):
@@ -397,7 +386,7 @@ def evaluate(cfg, first, second, judge, data):
     test = torch.bernoulli(levels[: cfg.nll_examples]).flatten(1)
     losses = [loss.item() for loss in ncp_losses(vae, log_r, test)]
     log_r_p = log_r(vae.prior(torch.zeros(50_000, 0, device=run.device)).sample())
-    figures = {"log_z": log_partition(log_r_p), "ess_share": effective_share(log_r_p)}
+    figures = {"log_z": log_mean(log_r_p), "ess_share": effective_share(log_r_p)}
     figures = {name: value.item() for name, value in figures.items()}  # of the first group
     run.report("classifiers", cross_entropy=sum(losses) / len(losses), **figures)
     compare_bounds(cfg, run, vae, log_r, test)
@@ -440,9 +429,7 @@ def picture(cfg, run, vae, log_r, shape, z_q, latents, frechet):
 
 def main(cfg):
     device = common.setup(cfg)
-    data = common.load_data(cfg, device)
-    if not data.is_image:
-        raise UserError(f"{cfg.dataset} is not made of images: give glyphs, mnist or a folder")
+    data = common.load_images(cfg, device)
     if len(data.test) < 2:
         raise UserError(f"{cfg.dataset} is too small: of a folder's images one in ten is held out")
     first, second, judge = train(cfg, device, data)
