@@ -63,6 +63,7 @@ class Config(common.Config):
     blocks: Count = 2  # residual blocks, of the MLP or of each level of the U-Net
     mult: Sizes = (1, 2, 2, 2)  # channel multiple of each level of the U-Net
     attention: Sizes | None = None  # resolutions with attention
+    patch: Count = 1  # side of the patches of pixels that the U-Net sees as channels
     dropout: common.Fraction = 0.0  # of the U-Net
 
 
@@ -125,13 +126,15 @@ class VP(Linear):
     a, b = 19.9, 0.1  # Eq. 7
     t_max = 1 - 1e-3  # at t = 1 d beta / dt is infinite; official code's eps
 
-    def log_alpha(self, t):
-        return -self.a / 4 * (1 - t) ** 2 - self.b / 2 * (1 - t)  # Eq. 7
+    def alpha(self, t):
+        """alpha_t, its time derivative and 1 - alpha_t²."""
+        log_alpha = -self.a / 4 * (1 - t) ** 2 - self.b / 2 * (1 - t)  # Eq. 7
+        alpha = torch.exp(log_alpha)
+        return alpha, alpha * (self.a * (1 - t) + self.b) / 2, -torch.expm1(2 * log_alpha)
 
     def coefficients(self, t):
-        alpha = torch.exp(self.log_alpha(t))
-        beta = torch.sqrt(-torch.expm1(2 * self.log_alpha(t)))  # Eq. 8: sqrt(1 - alpha²)
-        d_alpha = alpha * (self.a * (1 - t) + self.b) / 2
+        alpha, d_alpha, rest = self.alpha(t)
+        beta = torch.sqrt(rest)  # Eq. 8: sqrt(1 - alpha²)
         return alpha, beta, d_alpha, -alpha * d_alpha / beta
 
 
@@ -139,9 +142,7 @@ class SubVP(VP):
     t_max = 1.0
 
     def coefficients(self, t):
-        alpha = torch.exp(self.log_alpha(t))
-        beta = -torch.expm1(2 * self.log_alpha(t))  # Eq. 8: 1 - alpha²
-        d_alpha = alpha * (self.a * (1 - t) + self.b) / 2
+        alpha, d_alpha, beta = self.alpha(t)  # Eq. 8: beta = 1 - alpha²
         return alpha, beta, d_alpha, -2 * alpha * d_alpha
 
 
@@ -260,7 +261,7 @@ class Examples:
         options = {"device": self.x.device, "generator": generator}
         x = common.to_float(self.x[torch.randint(len(self.x), (n,), **options)])
         if self.flip:
-            x = torch.where(torch.rand(n, 1, 1, 1, **options) < 0.5, x, x.flip(-1))
+            x = common.mirrored(x, generator)
         if self.smoothing:
             x = x + self.smoothing * torch.randn(x.shape, **options)  # Sec. 2.2: X_0 + xi
         return x
@@ -508,10 +509,8 @@ def load(cfg, device):
             labels = [getattr(data, f"{split}_labels") for data in (source, target)]
             x = [x_i[y == label] for x_i, y, label in zip(x, labels, cfg.classes, strict=True)]
         if not all(map(len, x)):
-            named, counts = (
-                ",".join(map(str, cfg.classes)),
-                (source.num_classes, target.num_classes),
-            )
+            named = ",".join(map(str, cfg.classes))
+            counts = source.num_classes, target.num_classes
             raise UserError(f"--classes {named}: no {split} examples; there are {counts} classes")
         couples.append((Examples(x[0], flip, cfg.smoothing), Examples(x[1], flip)))
     return target, *couples
