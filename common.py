@@ -1349,10 +1349,8 @@ def heat_image(values, size=256):
 
 def density_image(points, bound=3.0, bins=128, size=256):
     """A 2-D histogram of points (N, 2) over [-bound, bound]²."""
-    index = ((points.cpu() + bound) * (bins / (2 * bound))).floor().long()
-    index = index[((index >= 0) & (index < bins)).all(dim=1)]
-    counts = torch.bincount(index[:, 0] * bins + index[:, 1], minlength=bins**2)
-    return heat_image(counts.view(bins, bins).float(), size)
+    ends = [-bound, bound, -bound, bound]
+    return heat_image(torch.histogramdd(points.cpu(), [bins, bins], range=ends).hist, size)
 
 
 def trajectory_image(paths, bound=3.0, size=256):

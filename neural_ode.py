@@ -532,8 +532,9 @@ def evaluate_cnf(run, data, energy):
     """Likelihood or divergence in nats, and Fig. 5: densities and samples over time."""
     flow, bound = run.ema, 4.0 if energy else 3.0
     flow.trace, flow.solve = "exact", functools.partial(ode_solve, rtol=1e-5, atol=1e-5)
-    z_0 = torch.randn(20_000, 2, device=run.device)
-    x, log_q, nfe = flow.sample(z_0)
+    z_0, times = torch.randn(20_000, 2, device=run.device), torch.linspace(0, 1, 41)
+    z, change, nfe = flow.flow(z_0, times)  # (41, N, 2), (41, N)
+    x, log_q = z[-1], common.standard_normal_log_prob(z_0) + change[-1]
     axis = (torch.arange(100, device=run.device) + 0.5) / 50 * bound - bound
     grid = torch.cartesian_prod(axis, axis)  # (10000, 2)
     if energy:
@@ -552,13 +553,10 @@ def evaluate_cnf(run, data, energy):
         target = common.density_image(data.test, bound)
     run.report("test", **figures, sampling_evaluations=nfe)
 
-    times = torch.linspace(0, 1, 5)
-    frames, _, _ = flow.flow(z_0, times)  # (5, N, 2)
-    densities = [common.standard_normal_log_prob(grid)]
-    densities += [flow.log_prob(grid, t)[0] for t in times[1:].tolist()]
-    paths, _, _ = flow.flow(z_0[:300], torch.linspace(0, 1, 41))
-    upper, lower = [("target", target)], [("paths", common.trajectory_image(paths, bound))]
-    for t, log_p, frame in zip(times.tolist(), densities, frames, strict=True):
+    paths = common.trajectory_image(z[:, :300], bound)
+    upper, lower = [("target", target)], [("paths", paths)]
+    for t, frame in zip(times[::10].tolist(), z[::10], strict=True):
+        log_p = flow.log_prob(grid, t)[0] if t else common.standard_normal_log_prob(grid)
         density = common.heat_image(log_p.exp().view(100, 100).cpu())
         upper.append((f"density, t = {t:.2f}", density))
         lower.append((f"samples, t = {t:.2f}", common.density_image(frame, bound)))
