@@ -102,6 +102,9 @@ def test_times_within_one_step_are_interpolated_together(sign):
     end, _ = common.odeint(pair, start, (0.0, 3.0 * sign))
     assert torch.equal(x[-1], end[0])
     assert torch.equal(y[-1], end[1])
+    before, after, *slopes = ((v,) for v in torch.randn(9, 1000))
+    (states,) = common._dense(before, after, slopes, 0.1, [0.3, 1.0])
+    assert torch.equal(states[1], after[0])  # where before + (after - before) is not after
     (gradient,) = torch.autograd.grad(y[:, 0].sum(), a)
     truth = (times * (0.7 * times).exp()).sum()  # d/da of exp(a t)
     assert_close(gradient.item(), truth.item(), rtol=1e-4, atol=0)
