@@ -16,7 +16,9 @@ Departures  1. The paper has no experiments: data sets, sizes and figures are th
             3. One auto-encoder for each of several noise levels, trained side by side, each on
                sigma² J.
             4. Langevin dynamics without a Metropolis test. A level's chains start where the coarser
-               level's ended, as in later papers; --no-anneal starts all at noise.
+               level's ended, as in later papers. On images long chains leave the data for false
+               minima of the energy: there each level's start at draws of its q_sigma and are short.
+               Such samples are digits, but neighbours of examples, not independent of them.
             5. J_ISMreg's weight is sigma² / 2, by which it approximates noise of that size on x:
                exactly for a linear psi in one dimension.
 Run         python dsm.py                      energies at four noise levels beside the exact ones
@@ -51,12 +53,13 @@ class Config(common.Config):
     hidden: Count = 512  # units of the auto-encoder
     langevin: Natural = 200  # Langevin steps at each level
     step_size: Positive = 0.2  # of a Langevin step, in units of sigma²
+    start: Literal["noise", "data"] = "noise"  # of chains: noise, or draws of q_sigma: Departure 4
     anneal: bool = True  # chains start where those of the coarser level ended: Departure 4
 
 
 IMAGES = {  # minutes on two cores
     "steps": 2_000, "batch_size": 128, "lr": 3e-3, "examples": None, "sigma": 0.25, "levels": 3,
-    "scale": 1.0, "hidden": 1_024, "langevin": 500,
+    "scale": 1.0, "hidden": 1_024, "langevin": 30, "start": "data", "anneal": False,
 }  # fmt: skip
 PRESETS = dict.fromkeys(("glyphs", "mnist", "fashion_mnist", "cifar10", "folder"), IMAGES)
 
@@ -247,12 +250,19 @@ def level(net, k, sigma):
     return residual_score(denoise, sigma), denoise
 
 
-def sample(cfg, net, sigmas, n):
-    """n chains at each level, from the coarsest to the finest: (K, n, D)."""
+def starts(cfg, sigmas, n, examples):
+    """Points where n chains of each level may start, (K, n, D): the same noise, or its q_sigma."""
+    if cfg.start == "data":
+        return torch.stack([corrupted(examples, n, sigma) for sigma in sigmas])
+    x_0 = cfg.scale * torch.randn(n, examples.shape[1], device=examples.device)
+    return x_0.expand(len(sigmas), -1, -1)
+
+
+def sample(cfg, net, sigmas, x_0):
+    """The chains of each level, from the coarsest to the finest, from x_0: (K, n, D) both."""
     samples = []
-    x_0 = cfg.scale * torch.randn(n, net.c.shape[-1], device=net.c.device)
     for k, sigma in enumerate(sigmas):
-        start = samples[-1] if samples and cfg.anneal else x_0
+        start = samples[-1] if samples and cfg.anneal else x_0[k]
         psi, _ = level(net, k, sigma)
         samples.append(langevin(psi, start, cfg.step_size * sigma**2, cfg.langevin))
     return torch.stack(samples)
@@ -297,7 +307,7 @@ def vectors(cfg, x):
 def evaluate_vectors(cfg, run, data, sigmas):
     """2-D data: each level's score, energy and samples beside the exact Parzen density's."""
     net, examples, test = run.ema, vectors(cfg, data.train), vectors(cfg, data.test[:5_000])
-    samples = sample(cfg, net, sigmas, 10_000)  # (K, 10_000, 2)
+    samples = sample(cfg, net, sigmas, starts(cfg, sigmas, 10_000, examples))  # (K, 10_000, 2)
     bound = 1.2 * test.abs().max().item()
     points = grid(bound, 128, run.device)
     box = (-bound, bound, -bound, bound)
@@ -343,7 +353,8 @@ def evaluate_images(cfg, run, data, sigmas):
     """Images: denoising beside the exact Parzen density's, ranking by energy, filters, samples."""
     net, examples, test = run.ema, vectors(cfg, data.train), vectors(cfg, data.test[:500])
     turned = vectors(cfg, data.test[:500].rot90(2, (2, 3)))
-    samples = sample(cfg, net, sigmas, 64)
+    x_0 = starts(cfg, sigmas, 64, examples)
+    samples = sample(cfg, net, sigmas, x_0)  # (K, 64, D)
     first = torch.arange(16) % len(test)
     rows = [], [], []
     for k, sigma in enumerate(sigmas):
@@ -353,20 +364,30 @@ def evaluate_images(cfg, run, data, sigmas):
         images = [x_tilde, denoise(x_tilde), parzen_reconstruct(x_tilde, examples, sigma)]
         mse = [(x - test).square().mean().item() / cfg.scale**2 for x in images]
         lower = energy(test, *theta, sigma) < energy(turned, *theta, sigma)  # [ranking]
+        drawn = denoise(samples[k])
+        moved = (drawn - denoise(x_0[k])).norm(dim=1)
         run.report(
             title := f"sigma {sigma / cfg.scale:g}",
             **dict(zip(("mse_noisy", "mse_denoised", "mse_parzen"), mse, strict=True)),
             upright_below_turned=lower.float().mean().item(),
+            samples_moved_by=moved.median().item() / cfg.scale,
+            samples_to_examples=to_nearest(drawn, examples) / cfg.scale,
         )
         W = theta[0][theta[0].norm(dim=1).argsort(descending=True)]
         filters = cfg.scale * W / W.abs().amax(1, keepdim=True)
         shown = torch.stack([test[first], *(x[first] for x in images)])  # (4, 16, D)
         shown = shown.unflatten(1, (2, 8)).transpose(0, 1).flatten(0, 2)
         titles = f"{title}: filters", "clean, noisy, denoised, Parzen's", "samples, denoised"
-        pictures = filters[torch.arange(64) % len(W)], shown, denoise(samples[k])
+        pictures = filters[torch.arange(64) % len(W)], shown, drawn
         for row, name, x in zip(rows, titles, pictures, strict=True):
             row.append((name, common.image_grid((x / cfg.scale).unflatten(1, data.shape), scale=2)))
+    run.report("test", test_to_examples=to_nearest(test, examples) / cfg.scale)
     common.save_panels(run.folder / "samples.png", *rows)
+
+
+def to_nearest(x, examples):
+    """The median over x (B, D) of the distance to the nearest example."""
+    return torch.cdist(x, examples).amin(1).median().item()
 
 
 def corrupted(examples, n, sigma):
@@ -432,7 +453,8 @@ def draw(cfg, net, data, sigmas, n):
     """n samples of the finest level, denoised, as the data are."""
     _, denoise = level(net, -1, sigmas[-1])
     with torch.no_grad():
-        x = denoise(sample(cfg, net, sigmas, n)[-1])
+        x_0 = starts(cfg, sigmas, n, vectors(cfg, data.train))
+        x = denoise(sample(cfg, net, sigmas, x_0)[-1])
     return (x / cfg.scale).unflatten(1, data.shape)
 
 

@@ -303,13 +303,31 @@ def test_chains_start_where_they_should(monkeypatch, anneal):
 
     monkeypatch.setattr(dsm, "langevin", langevin)
     cfg = dsm.Config(anneal=anneal, scale=2.0, step_size=0.5, langevin=7)
-    samples = dsm.sample(cfg, net, [0.6, 0.3], 5000)
+    x_0 = dsm.starts(cfg, [0.6, 0.3], 5000, torch.zeros(3, 2))
+    samples = dsm.sample(cfg, net, [0.6, 0.3], x_0)
     assert samples.shape == (2, 5000, 2)
     assert seen[0][0].std().item() == pytest.approx(2.0, rel=0.05)
     assert torch.equal(seen[1][0], samples[0] if anneal else seen[0][0])
     for k, sigma in enumerate((0.6, 0.3)):
         assert seen[k][1:3] == (pytest.approx(0.5 * sigma**2), 7)
         assert_close(seen[k][3], psi_of(net.theta(k), sigma)(torch.ones(1, 2)))
+
+
+def test_chains_start_at_draws_of_each_levels_q_sigma():
+    cfg, examples, sigmas = (
+        dsm.Config(start="data"),
+        torch.tensor([[-9.0, 0.0], [9.0, 0.0]]),
+        [1, 0.5],
+    )
+    for x_0, sigma in zip(dsm.starts(cfg, sigmas, 5000, examples), sigmas, strict=True):
+        noise = x_0 - examples[(x_0[:, 0] > 0).long()]
+        assert noise.std().item() == pytest.approx(sigma, rel=5 / math.sqrt(20_000))
+        assert (x_0[:, 0] > 0).double().mean().item() == pytest.approx(0.5, abs=0.036)  # 5 sd
+    torch.manual_seed(1)
+    net = dsm.TiedAutoEncoders(examples, 8, 2)
+    cfg = dsm.Config(start="data", anneal=False, langevin=0)
+    x_0 = dsm.starts(cfg, sigmas, 4, examples)
+    assert torch.equal(dsm.sample(cfg, net, sigmas, x_0), x_0)
 
 
 def test_losses_and_samplers_keep_to_their_device():
@@ -319,7 +337,9 @@ def test_losses_and_samplers_keep_to_their_device():
     sigma = torch.empty(2, 1, 1, device="meta")
     for name in ("dae", "dsm", "esm", "ism", "ismreg"):
         assert dsm.loss_of(name, net, x, x_tilde, sigma, x).is_meta
-    assert dsm.sample(dsm.Config(langevin=2), net, [0.6, 0.3], 5).is_meta
+    for start in ("noise", "data"):
+        x_0 = dsm.starts(dsm.Config(start=start), [0.6, 0.3], 5, x)
+        assert dsm.sample(dsm.Config(langevin=2), net, [0.6, 0.3], x_0).is_meta
     assert dsm.energy(x, *net.theta(0), 0.3).is_meta
     assert dsm.parzen_log_prob(x, x, 0.3).is_meta
     assert all(part.is_meta for part in dsm.all_pairs(x, 0.3))
@@ -371,12 +391,12 @@ def test_images(call, pictures, tmp_path):
     torch.set_default_dtype(torch.float32)
     pictures(n=12, size=8)
     arguments = [*TINY, "--dataset", "pictures", "--image-size", "8", "--examples", "5"]
-    code, out, err = call("dsm", *arguments, "--num-samples", "3", "--no-anneal")
+    code, out, err = call("dsm", *arguments, "--num-samples", "3")
     assert code == 0, err
-    for word in ("mse_parzen", "upright_below_turned"):
+    for word in ("mse_parzen", "upright_below_turned", "samples_moved_by"):
         assert word in out
     lines = (tmp_path / "runs/dsm-pictures/metrics.jsonl").read_text().splitlines()
-    assert len([line for line in lines if "split" in json.loads(line)]) == 2  # levels
+    assert len([line for line in lines if "split" in json.loads(line)]) == 3  # two levels, all
 
 
 def test_landscape_points_downhill():
