@@ -636,23 +636,15 @@ class UNet(nn.Module):
 
 
 def network(cfg, data, in_channels=None, num_classes=0):
-    """The MLP or the U-Net for the data, of cfg's width, blocks, mult, attention, dropout, patch."""
+    """The MLP or the U-Net for the data, shaped by cfg's width, blocks, mult, attention, patch."""
     if not data.is_image:
         return MLP(data.shape[0], width=cfg.width, blocks=cfg.blocks, num_classes=num_classes)
-    if any(side % cfg.patch for side in data.shape[1:]):
-        raise UserError(f"--patch {cfg.patch} does not divide images of the shape {data.shape}")
-    return UNet(
-        in_channels or data.shape[0],
-        data.shape[0],
-        data.shape[1],
-        cfg.width,
-        cfg.mult,
-        cfg.blocks,
-        cfg.attention or (),
-        dropout=cfg.dropout,
-        num_classes=num_classes,
-        patch=cfg.patch,
-    )
+    c, *sides = data.shape
+    if any(side % cfg.patch for side in sides):
+        raise UserError(f"--patch {cfg.patch} does not divide images of {sides[0]} x {sides[1]}")
+    shape = cfg.width, cfg.mult, cfg.blocks, cfg.attention or ()
+    options = {"dropout": cfg.dropout, "num_classes": num_classes, "patch": cfg.patch}
+    return UNet(in_channels or c, c, sides[0], *shape, **options)
 
 
 def group_norm(channels):
