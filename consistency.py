@@ -100,11 +100,11 @@ BOUNDS = {"ct": (2, 150), "ict": (10, 1280)}  # s_0, s_1: Table 3; iCT
 # ---- The probability-flow ODE and the consistency function ---------------------------------------
 
 
-def karras_grid(N, eps=EPS, T=T, rho=7.0):
+def karras_grid(N, rho=7.0):
     """t_1 = eps < t_2 < ... < t_N = T, (N,), the ends exact; computed in float64."""
     i = torch.arange(N, dtype=torch.float64)
-    t = (eps ** (1 / rho) + i / (N - 1) * (T ** (1 / rho) - eps ** (1 / rho))) ** rho  # Sec. 4
-    t[0], t[-1] = eps, T
+    t = (EPS ** (1 / rho) + i / (N - 1) * (T ** (1 / rho) - EPS ** (1 / rho))) ** rho  # Sec. 4
+    t[0], t[-1] = EPS, T
     return t.to(torch.get_default_dtype())
 
 
@@ -136,11 +136,10 @@ def ode_step(D, x, t, s, solver="heun"):
     return x_s
 
 
-def solve_ode(D, x_T, grid, solver="heun"):
-    """The teacher's sampler: from x_T at the grid's end to its beginning, (B, ...) -> (B, ...)."""
-    x = x_T
+def solve_ode(D, x, grid):
+    """The teacher's sampler, Heun's: from x at the grid's end to its beginning, (B, ...)."""
     for t, s in pairwise(grid.flip(0).tolist()):
-        x = ode_step(D, x, at(t, x), at(s, x), solver)
+        x = ode_step(D, x, at(t, x), at(s, x))
     return x
 
 
@@ -237,35 +236,35 @@ def edm_loss(D, x, z, P_mean=-1.2, P_std=1.2, sigma_data=0.5):
 # ---- Sampling -----------------------------------------------------------------------------------
 
 
-def sample(f, x_T, times=(), eps=EPS, T=T):
+def sample(f, x_T, times=()):
     """Multistep consistency sampling from x_T ~ N(0, T² I), (B, ...); without times, one step."""
     x = f(x_T, at(T, x_T))  # Alg. 1
     for tau in times:
-        x = refine(f, x, tau, torch.randn_like(x), eps)
+        x = refine(f, x, tau, torch.randn_like(x))
     return x
 
 
-def refine(f, x, tau, z, eps=EPS):
+def refine(f, x, tau, z):
     """A sample x at time eps is noised to time tau >= eps by z and mapped back."""
-    x_tau = x + math.sqrt(max(0.0, tau**2 - eps**2)) * z  # Alg. 1
+    x_tau = x + math.sqrt(max(0.0, tau**2 - EPS**2)) * z  # Alg. 1
     return f(x_tau, at(tau, x))
 
 
-def greedy_times(f, x_T, score, count, rounds=10, eps=EPS, T=T):
+def greedy_times(f, x_T, score, count, rounds=10):
     """tau_1 > ... > tau_count for `sample`, one at a time by ternary search on a log scale.
 
     score(x) -> float is to be minimised: the paper's is the FID. All candidates share their noise.
     """
-    times, x = [], sample(f, x_T, eps=eps, T=T)
+    times, x = [], sample(f, x_T)
     for _ in range(count):
         z = torch.randn_like(x)
-        low, high = math.log(eps), math.log(times[-1] if times else T)
+        low, high = math.log(EPS), math.log(times[-1] if times else T)
         for _ in range(rounds):  # Sec. 3
             a, b = low + (high - low) / 3, high - (high - low) / 3
-            at_a, at_b = (score(refine(f, x, math.exp(u), z, eps)) for u in (a, b))
+            at_a, at_b = (score(refine(f, x, math.exp(u), z)) for u in (a, b))
             low, high = (low, b) if at_a < at_b else (a, high)
         times.append(math.exp((low + high) / 2))
-        x = refine(f, x, times[-1], z, eps)
+        x = refine(f, x, times[-1], z)
     return times
 
 
@@ -276,7 +275,7 @@ def same(x):
     return x
 
 
-def edit(f, y, times, mask, A=same, A_inverse=same, start=None, eps=EPS):
+def edit(f, y, times, mask, A=same, A_inverse=same, start=None):
     """Keep what is known of the image y, (B, C, H, W), and generate the rest.
 
     times t_1 > t_2 > ...; mask is 1 where A(y) is to be generated, 0 where it is known; A is
@@ -287,7 +286,7 @@ def edit(f, y, times, mask, A=same, A_inverse=same, start=None, eps=EPS):
     x = f(x + times[0] * torch.randn_like(y), at(times[0], y))  # Alg. 4, l. 3, l. 4
     x = A_inverse(known + A(x) * mask)  # Alg. 4, l. 5
     for t in times[1:]:
-        x = refine(f, x, t, torch.randn_like(y), eps)  # Alg. 4, l. 7, l. 8
+        x = refine(f, x, t, torch.randn_like(y))  # Alg. 4, l. 7, l. 8
         x = A_inverse(known + A(x) * mask)  # Alg. 4, l. 9
     return x
 
@@ -340,24 +339,6 @@ def slerp(z_1, z_2, alpha):
 
 
 # ---- Training -----------------------------------------------------------------------------------
-
-
-class Patches(nn.Module):
-    """A U-Net f(x, t) that sees patches of p x p pixels as channels."""
-
-    def __init__(self, cfg, data):
-        super().__init__()
-        self.p = cfg.patch
-        c, size = data.shape[0] * self.p**2, data.shape[1] // self.p
-        shape = cfg.width, cfg.mult, cfg.blocks, cfg.attention or ()
-        self.unet = common.UNet(c, c, size, *shape, dropout=cfg.dropout)
-
-    def forward(self, x, t):
-        return F.pixel_shuffle(self.unet(F.pixel_unshuffle(x, self.p), t), self.p)
-
-
-def network(cfg, data):
-    return Patches(cfg, data) if data.is_image else common.network(cfg, data)
 
 
 class Networks(nn.Module):
@@ -438,7 +419,7 @@ def train(cfg, run, data, d=None):
 
 def train_teacher(cfg, device, data):
     """The EDM that is distilled, a stage of its own -> its averaged network."""
-    net = network(dataclasses.replace(cfg, dropout=cfg.teacher_dropout), data)
+    net = common.network(dataclasses.replace(cfg, dropout=cfg.teacher_dropout), data)
     run = common.Run(cfg, net, device, stage="teacher")
     steps = cfg.teacher_steps
     run.cfg = dataclasses.replace(cfg, steps=steps, lr=cfg.teacher_lr, warmup=steps // 20)
@@ -451,8 +432,8 @@ def train_teacher(cfg, device, data):
 def prepare(cfg, device, data):
     """The run, ready for `train`: with cd its teacher is trained first, and is its start."""
     plain = dataclasses.replace(cfg, dropout=0.0)
-    teacher = network(plain, data) if cfg.method == "cd" else None
-    nets = Networks(network(cfg, data), teacher)
+    teacher = common.network(plain, data) if cfg.method == "cd" else None
+    nets = Networks(common.network(cfg, data), teacher)
 
     def radam(parameters):  # App. C
         trained = [p for p in parameters if p.requires_grad]
@@ -488,9 +469,11 @@ def choose_times(cfg, run, data):
     f, _, _ = run.ema.functions(cfg)
     reference = data.batch(min(cfg.examples, 4_000))[0].flatten(1)
     x_T = T * torch.randn(len(reference), *data.shape, device=run.device)
-    times = greedy_times(
-        f, x_T, lambda x: common.energy_distance(x.flatten(1), reference), cfg.nfe - 1
-    )
+
+    def score(x):
+        return common.energy_distance(x.flatten(1), reference)
+
+    times = greedy_times(f, x_T, score, cfg.nfe - 1)
     run.say("time points: " + (", ".join(f"{tau:.3g}" for tau in times) or "none"))
     return times
 
@@ -599,8 +582,6 @@ def check(cfg, data):
     if min(cfg.examples, len(data.test)) < 2:
         counts = f"--examples {cfg.examples}, and {cfg.dataset} holds out {len(data.test)}"
         raise UserError(f"{counts}: an energy distance takes two of each at least")
-    if any(side % cfg.patch for side in data.shape[1:] or (1,)):
-        raise UserError(f"--patch {cfg.patch} does not divide examples of the shape {data.shape}")
     if cfg.compare and (cfg.resume or cfg.sample or cfg.num_samples or "RANK" in os.environ):
         raise UserError("--compare trains anew, in one process, and writes no samples")
 
