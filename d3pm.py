@@ -79,30 +79,23 @@ class Config(common.Config):
 
 
 # fmt: off
-IMAGES = {  # minutes on two cores
-    "T": 100, "family": "gaussian", "head": "logistic", "steps": 4_000, "batch_size": 32,
-    "lr": 4e-3, "beta_2": 0.99, "amp": "auto", "width": 16, "blocks": 1,
-}
+IMAGES = {"T": 100, "family": "gaussian", "head": "logistic", "steps": 4_000, "batch_size": 32,
+          "lr": 4e-3, "beta_2": 0.99, "amp": "auto", "width": 16, "blocks": 1}
 SMALL = IMAGES | {"image_size": 20}
 PRESETS = {
     "glyphs": SMALL, "mnist": SMALL, "fashion_mnist": SMALL, "folder": IMAGES,
-    "grammar": {
-        "T": 256, "length": 37, "steps": 1_300, "batch_size": 32, "lr": 4e-3, "width": 64,
-        "blocks": 3, "bound_examples": 64, "bound_times": None, "infer_steps": 256,
-    },
-    "text8": {  # App. B.2; its decay is rsqrt
-        "steps": 1_000_000, "batch_size": 512, "lr": 5e-4, "warmup": 10_000,
-        "length": 256, "width": 768, "blocks": 12,
-    },
+    "grammar": {"steps": 1_300, "batch_size": 32, "lr": 4e-3, "T": 256, "length": 37, "width": 64,
+                "blocks": 3, "bound_examples": 64, "bound_times": None, "infer_steps": 256},
+    "text8": {"steps": 1_000_000, "batch_size": 512, "lr": 5e-4, "warmup": 10_000, "length": 256,
+              "width": 768, "blocks": 12},  # App. B.2; its decay is rsqrt
     "cifar10": {  # App. B.1
         "family": "gaussian", "head": "logistic", "levels": 256, "lam": 0.001, "infer_steps": 1000,
         "steps": 1_500_000, "batch_size": 128, "lr": 2e-4, "warmup": 0, "decay": "constant",
-        "ema": 0.9999, "dropout": 0.1, "flip": True,
-        "width": 128, "mult": (1, 2, 2, 2), "blocks": 2, "attention": (16,),
+        "ema": 0.9999, "dropout": 0.1, "flip": True, "width": 128, "mult": (1, 2, 2, 2),
+        "blocks": 2, "attention": (16,),
     },
 }
 # fmt: on
-
 
 # ---- Markov chains (Sec. 3.1, App. A.2, A.4) ----------------------------------------------------
 # A chain gives rows, columns and products of its matrices as logarithms; NEVER stands for log 0:

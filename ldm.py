@@ -94,11 +94,9 @@ PRESETS = {
         "f": 2, "ae_steps": 100_000, "ae_lr": 2e-4, "ae_width": 64, "classifier_steps": 10_000,
         "kl_weight": 1e-6, "adversarial": 0.5, "flip": True, "condition": "token", "context": 512,
         "steps": 200_000, "batch_size": 128, "lr": 2e-4, "ema": 0.9999, "sampling_steps": 100,
-        "width": 128, "blocks": 2, "mult": (1, 2, 2), "attention": (16, 8, 4),
-    },
+        "width": 128, "blocks": 2, "mult": (1, 2, 2), "attention": (16, 8, 4)},
 }
 # fmt: on
-
 
 # ---- The diffusion process (App. B) -------------------------------------------------------------
 
