@@ -552,11 +552,10 @@ class UNet(nn.Module):
     Args:
         channels, mult, blocks: level i has channels * mult[i] channels and `blocks` blocks;
             each level halves the resolution of the one before.
-        attention: the resolutions (sides in pixels, of images with side `size`) that get attention.
+        attention: the sides, of images with side `size`, at which levels get attention.
         attend: (channels, heads) -> a module f(h, context) to stand where attention would; forward
             hands it its `context`.
-        patch: the network sees patches of patch x patch pixels as channels of an image of so many
-            times smaller a side; `attention` counts in patches.
+        patch: patches of patch x patch pixels are seen as channels; sides then count patches.
     """
 
     def __init__(
@@ -635,16 +634,15 @@ class UNet(nn.Module):
         return F.pixel_shuffle(h, self.patch) if self.patch > 1 else h
 
 
-def network(cfg, data, in_channels=None, num_classes=0):
+def network(cfg, data, in_channels=None):
     """The MLP or the U-Net for the data, shaped by cfg's width, blocks, mult, attention, patch."""
+    if any(side % cfg.patch for side in data.shape[1:] or (1,)):
+        raise UserError(f"--patch {cfg.patch} does not divide examples of the shape {data.shape}")
     if not data.is_image:
-        return MLP(data.shape[0], width=cfg.width, blocks=cfg.blocks, num_classes=num_classes)
-    c, *sides = data.shape
-    if any(side % cfg.patch for side in sides):
-        raise UserError(f"--patch {cfg.patch} does not divide images of {sides[0]} x {sides[1]}")
+        return MLP(data.shape[0], width=cfg.width, blocks=cfg.blocks)
+    c, side, _ = data.shape
     shape = cfg.width, cfg.mult, cfg.blocks, cfg.attention or ()
-    options = {"dropout": cfg.dropout, "num_classes": num_classes, "patch": cfg.patch}
-    return UNet(in_channels or c, c, sides[0], *shape, **options)
+    return UNet(in_channels or c, c, side, *shape, dropout=cfg.dropout, patch=cfg.patch)
 
 
 def group_norm(channels):

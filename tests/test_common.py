@@ -428,6 +428,18 @@ def test_unet_shapes(size, mult):
     assert_close(channels_last[:1], alone, rtol=1e-4, atol=1e-4)
 
 
+def test_unet_of_patches_is_a_unet_of_their_pixels_as_channels():
+    shape = {"channels": 8, "mult": (1, 2), "blocks": 1, "attention": (4,)}
+    patches = common.UNet(3, 5, 16, **shape, patch=2)
+    pixels = common.UNet(12, 20, 8, **shape)
+    torch.nn.init.normal_(patches.output[2].weight)
+    pixels.load_state_dict(patches.state_dict())
+    x, t = torch.randn(2, 3, 16, 16), torch.rand(2)
+    v = pixels(torch.nn.functional.pixel_unshuffle(x, 2), t)
+    assert torch.equal(patches(x, t), torch.nn.functional.pixel_shuffle(v, 2))
+    assert v.std() > 0.1
+
+
 def test_unet_sizes_of_the_papers():
     with torch.device("meta"):
         paper = common.UNet(3, 3, 32, 256, (1, 2, 2, 2), 2, (16,))  # Lipman et al., Table 3

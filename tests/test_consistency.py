@@ -459,15 +459,6 @@ def test_networks_compile_without_a_break_and_run_in_bfloat16(tmp_path, pictures
     assert run.model(x, t).dtype == torch.float32
 
 
-def test_patches_are_put_together_again(tmp_path, pictures, single):
-    cfg, data, _ = image_run(tmp_path, pictures, image_size=8)
-    net = cm.Patches(cfg, data)
-    net.unet = nn.Identity()
-    net.unet.forward = lambda x, t: x
-    x = torch.randn(2, 3, 8, 8)
-    assert torch.equal(net(x, torch.rand(2)), x)
-
-
 def test_target_follows_the_online_network_and_the_teacher_stays(tmp_path, monkeypatch, single):
     """Eq. 8 after every step, with mu(k) of consistency training; the teacher starts all three."""
     cfg = cm.Config(out=str(tmp_path), device="cpu", steps=3, teacher_steps=1, width=8, mu=0.7)
