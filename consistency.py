@@ -48,7 +48,8 @@ from common import Count, Fraction, Natural, Positive, Sizes, UserError, bcast
 class Config(common.Config):
     steps: Natural = 6_500  # optimisation steps of the consistency model
     batch_size: Count = 256  # examples per step, over all processes together
-    lr: Positive = 6e-3  # peak learning rate of RAdam (App. C)
+    lr: Positive = 6e-3  # peak learning rate
+    optimizer: Literal["radam", "muon"] = "radam"  # App. C; the teacher's is adam; or muon for both
     method: Literal["cd", "ct", "ict"] = "cd"  # distillation, consistency training, improved
     teacher_steps: Natural = 8_000  # optimisation steps of the teacher, an EDM (cd alone)
     teacher_lr: Positive = 4e-3  # peak learning rate of the teacher's Adam
@@ -76,6 +77,7 @@ class Config(common.Config):
 # fmt: off
 SMALL_IMAGES = {  # minutes on two cores
     "steps": 2_000, "teacher_steps": 5_000, "batch_size": 32, "lr": 2e-3, "beta_2": 0.99,
+    "optimizer": "muon", "decay": "linear", "teacher_lr": 2e-3,
     "amp": "auto", "sigma_data": 0.5, "examples": 500, "patch": 2, "width": 32, "blocks": 1,
     "mult": (1, 2, 2), "attention": None,
 }
@@ -420,7 +422,8 @@ def train(cfg, run, data, d=None):
 def train_teacher(cfg, device, data):
     """The EDM that is distilled, a stage of its own -> its averaged network."""
     net = common.network(dataclasses.replace(cfg, dropout=cfg.teacher_dropout), data)
-    run = common.Run(cfg, net, device, stage="teacher")
+    optimizer = "adam" if cfg.optimizer == "radam" else "muon"
+    run = common.Run(cfg, net, device, stage="teacher", optimizer=optimizer)
     steps = cfg.teacher_steps
     run.cfg = dataclasses.replace(cfg, steps=steps, lr=cfg.teacher_lr, warmup=steps // 20)
     D = parameterised(run.model, cfg.sigma_data, eps=0.0)
@@ -435,11 +438,11 @@ def prepare(cfg, device, data):
     teacher = common.network(plain, data) if cfg.method == "cd" else None
     nets = Networks(common.network(cfg, data), teacher)
 
-    def radam(parameters):  # App. C
+    def radam(parameters):
         trained = [p for p in parameters if p.requires_grad]
-        return torch.optim.RAdam(trained, lr=cfg.lr, betas=(0.9, cfg.beta_2))
+        return torch.optim.RAdam(trained, lr=cfg.lr, betas=(0.9, cfg.beta_2))  # App. C
 
-    run = common.Run(cfg, nets, device, optimizer=radam)
+    run = common.Run(cfg, nets, device, optimizer=radam if cfg.optimizer == "radam" else "muon")
     if teacher and run.done == 0 and not cfg.sample:
         run.save()  # --resume finds the settings here, should the teacher be interrupted
         trained = train_teacher(cfg, device, data)

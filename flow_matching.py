@@ -41,6 +41,7 @@ class Config(common.Config):
     steps: Natural = 12_000  # optimisation steps
     batch_size: Count = 512  # examples per step, over all processes together
     lr: Positive = 4e-3  # peak learning rate of Adam
+    optimizer: Literal["adam", "muon"] = "adam"  # muon: for the kernels of convolutions
     path: Literal["ot", "vp", "ve"] = "ot"  # conditional probability path (Sec. 4.1)
     objective: Literal["cfm", "sm", "sf", "ddpm"] = "cfm"  # CFM, or a VP baseline of App. E.1
     sigma_min: Positive = 1e-4  # OT path: width at t = 1; not stated in the paper
@@ -63,13 +64,16 @@ class Config(common.Config):
 SMALL_IMAGES = {  # minutes on two cores
     "steps": 6_000,
     "batch_size": 32,
-    "lr": 4e-3,
+    "lr": 2e-3,
+    "optimizer": "muon",
     "beta_2": 0.99,
+    "decay": "linear",
     "amp": "auto",
-    "width": 16,
+    "width": 32,
     "blocks": 1,
-    "mult": (1, 2, 4),
+    "mult": (1, 2),
     "attention": None,
+    "patch": 2,
     "tol": 1e-4,
     "nll_examples": 128,
     "divergence": "rademacher",
@@ -454,7 +458,7 @@ def prepare(cfg):
     path = OT(cfg.sigma_min) if cfg.path == "ot" else PATHS[cfg.path]()
     inputs = data.shape[0] * (1 if cfg.upsample == 1 else 2)  # with the low-resolution channels
     net = common.network(cfg, data, in_channels=inputs)
-    return common.Run(cfg, net, device), data, path
+    return common.Run(cfg, net, device, optimizer=cfg.optimizer), data, path
 
 
 def check(cfg, data):

@@ -426,7 +426,7 @@ def train(cfg, net, pairs, error, device, stage=""):
     def bfgs(parameters):
         return BFGS(parameters, lambda: objective(net, pairs.x, pairs.t))
 
-    run = common.Run(cfg, net, device, stage, bfgs if cfg.optimizer == "bfgs" else None)
+    run = common.Run(cfg, net, device, stage, bfgs if cfg.optimizer == "bfgs" else "adam")
     if not cfg.sample:
         for x, t in run.batches(pairs):
             run.step(objective(run.model, x, t))

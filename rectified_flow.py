@@ -52,6 +52,7 @@ class Config(common.Config):
     later: Positive = 0.5  # share of --steps that every later round takes, and the distillation
     batch_size: Count = 512  # examples per step, over all processes together
     lr: Positive = 4e-3  # peak learning rate of Adam
+    optimizer: Literal["adam", "muon"] = "adam"  # muon: for the kernels of convolutions
     interpolation: Literal["linear", "vp", "sub-vp", "vp-speed"] = "linear"  # X_t (Sec. 2.3)
     rounds: Count = 2  # K: rectify K times, each time on the pairs of the flow before (Alg. 4)
     pairs: Count = 20_000  # simulated pairs (Z_0, Z_1) that a later round learns from
@@ -68,13 +69,17 @@ class Config(common.Config):
 
 
 SMALL_IMAGES = {  # minutes on two cores
-    "steps": 4_000,
+    "steps": 5_000,
     "batch_size": 32,
+    "lr": 2e-3,
+    "optimizer": "muon",
     "beta_2": 0.99,
+    "decay": "linear",
     "amp": "auto",
-    "width": 16,
+    "width": 32,
     "blocks": 1,
-    "mult": (1, 2, 4),
+    "mult": (1, 2),
+    "patch": 2,
     "later": 1 / 5,
     "pairs": 3_000,
     "nfe": 16,
@@ -304,7 +309,7 @@ def rectify(cfg, net, pi_0, pi_1, device, metric=F.mse_loss):
         if before:
             net = copy.deepcopy(before.ema).requires_grad_()  # a warm start: Departure 3
         steps = math.ceil(cfg.later * cfg.steps) if stage else cfg.steps
-        run = common.Run(dataclasses.replace(cfg, steps=steps), net, device, stage)
+        run = common.Run(dataclasses.replace(cfg, steps=steps), net, device, stage, cfg.optimizer)
         if before and run.done < steps and not cfg.sample:
             n = math.ceil(cfg.pairs / common.world_size())
             rng = random_stream(cfg, device, f"pairs for {stage}")

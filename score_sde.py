@@ -47,6 +47,7 @@ class Config(common.Config):
     steps: Natural = 8_000  # optimisation steps
     batch_size: Count = 512  # examples per step, over all processes together
     lr: Positive = 4e-3  # peak learning rate of Adam
+    optimizer: Literal["adam", "muon"] = "adam"  # muon: for the kernels of convolutions
     sde: Literal["ve", "vp", "subvp"] = "ve"  # forward SDE (Sec. 3.4)
     sigma_min: Positive = 0.01  # VE: smallest noise (App. C)
     sigma_max: Positive = 10.0  # VE: largest noise, above the data's diameter
@@ -75,8 +76,9 @@ class Config(common.Config):
 
 # fmt: off
 SMALL_IMAGES = {  # minutes on two cores
-    "steps": 2_600, "batch_size": 32, "beta_2": 0.99, "amp": "auto", "sde": "subvp", "tol": 1e-4,
-    "width": 16, "blocks": 1, "mult": (1, 2, 4), "attention": None, "nll_examples": 64,
+    "steps": 6_000, "batch_size": 32, "lr": 2e-3, "optimizer": "muon", "beta_2": 0.99,
+    "decay": "linear", "amp": "auto", "sde": "subvp", "tol": 1e-4, "width": 32, "blocks": 1,
+    "mult": (1, 2), "attention": None, "patch": 2, "nll_examples": 64,
     "divergence": "rademacher", "classifier_steps": 2_000,
 }
 PRESETS = {
@@ -442,7 +444,7 @@ def prepare(cfg, data, device):
         sde = VE(cfg.sigma_min, cfg.sigma_max)
     else:
         sde = {"vp": VP, "subvp": SubVP}[cfg.sde](cfg.beta_min, cfg.beta_max)
-    return common.Run(cfg, common.network(cfg, data), device), sde
+    return common.Run(cfg, common.network(cfg, data), device, optimizer=cfg.optimizer), sde
 
 
 def prepare_classifier(cfg, data, device):
@@ -450,7 +452,7 @@ def prepare_classifier(cfg, data, device):
     if cfg.classifier_steps == 0 or data.num_classes < 2:
         return None
     if data.is_image:
-        net = Classifier(data.shape[0], data.num_classes, data.shape[1], 2 * cfg.width)
+        net = Classifier(data.shape[0], data.num_classes, data.shape[1], cfg.width)
     else:
         net = common.MLP(data.shape[0], data.num_classes, cfg.width, cfg.blocks)
     run = common.Run(cfg, net, device, stage="classifier")
