@@ -62,7 +62,7 @@ class Config(common.Config):
 
 
 SMALL_IMAGES = {  # minutes on two cores
-    "steps": 6_000,
+    "steps": 5_500,
     "batch_size": 32,
     "lr": 2e-3,
     "optimizer": "muon",

@@ -65,7 +65,7 @@ class Config(common.Config):
 
 
 SMALL_IMAGES = {  # minutes on two cores
-    "steps": 6_000,
+    "steps": 5_500,
     "batch_size": 32,
     "lr": 2e-3,
     "optimizer": "muon",

@@ -69,7 +69,7 @@ class Config(common.Config):
 
 
 SMALL_IMAGES = {  # minutes on two cores
-    "steps": 5_000,
+    "steps": 4_500,
     "batch_size": 32,
     "lr": 2e-3,
     "optimizer": "muon",
