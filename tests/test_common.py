@@ -1,5 +1,6 @@
 """The parts that no paper is about, against closed forms."""
 
+import copy
 import dataclasses
 import functools
 import itertools
@@ -591,6 +592,49 @@ def test_resume_is_exact(tmp_path):
         for key in whole[part]:
             assert torch.equal(whole[part][key], rest[part][key])
     assert torch.equal(whole["rng"][0]["cpu"], rest["rng"][0]["cpu"])
+
+
+@pytest.mark.parametrize("shape", [(3, 16, 72), (2, 40, 24), (1, 8, 8)])
+def test_orthogonal_factor(shape):
+    """Singular values come near one, singular vectors stay: the iteration is odd in the matrix."""
+    torch.manual_seed(0)
+    u, _, v = torch.linalg.svd(torch.randn(shape, dtype=torch.float64), full_matrices=False)
+    sizes = torch.linspace(0.2, 1, u.shape[2], dtype=torch.float64)
+    factor = common.orthogonal_factor(u * sizes @ v)
+    inside = u.mT @ factor @ v.mT
+    diagonal = inside.diagonal(dim1=1, dim2=2)
+    # five steps reach about [0.68, 1.13] from any value above 0.01 of the norm (Jordan et al.)
+    assert ((diagonal > 0.65) & (diagonal < 1.25)).all()
+    assert_close(inside, torch.diag_embed(diagonal), rtol=0, atol=1e-12)
+    assert_close(common.orthogonal_factor(-3 * u * sizes @ v), -factor, rtol=1e-6, atol=1e-6)
+
+
+def test_muon_moves_kernels_along_the_orthogonal_factor_and_the_rest_like_adam():
+    """By hand: momentum b <- 0.95 b + g, direction g + 0.95 b, ten times Adam's rate."""
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Conv2d(8, 6, 3), torch.nn.Conv2d(6, 1, 3))
+    twin = copy.deepcopy(net)
+    muon = common.Muon(net.parameters(), lr=1e-2, betas=(0.9, 0.99))
+    adam = torch.optim.Adam(twin.parameters(), lr=1e-2, betas=(0.9, 0.99))
+    momentum = 0
+    for step in range(3):
+        before = net[0].weight.detach().clone()
+        for p, q in zip(net.parameters(), twin.parameters(), strict=True):
+            q.grad = torch.randn(p.shape)
+            p.grad = q.grad.clone()
+        gradient = net[0].weight.grad.clone()
+        muon.step()
+        adam.step()
+        momentum = 0.95 * momentum + gradient
+        direction = (gradient + 0.95 * momentum).flatten(1)[None]
+        wanted = before - 0.1 * common.orthogonal_factor(direction)[0].view_as(before)
+        assert_close(net[0].weight, wanted)
+        if step == 1:  # and its state survives
+            state = copy.deepcopy(muon.state_dict())
+            muon = common.Muon(net.parameters(), lr=1e-2, betas=(0.9, 0.99))
+            muon.load_state_dict(state)
+    for name in ("0.bias", "1.weight", "1.bias"):  # a kernel of one output channel is Adam's too
+        assert_close(net.get_parameter(name), twin.get_parameter(name))
 
 
 def test_setup_on_one_gpu(monkeypatch):
