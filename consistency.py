@@ -18,7 +18,7 @@ Departures  1. Alg. 4 with mask 1, as App. D states it for strokes, erases the s
             4. lambda(t_n) of "cd" is iCT's, which learns faster; the paper's 1 for CIFAR-10.
                mu(k) has the paper's N(k); the official code has N(k) - 1.
             5. The U-Net is Dhariwal & Nichol's, not NCSN++; on small images it sees patches of
-               2 x 2 pixels. The teacher's EMA is --ema's.
+               2 x 2 pixels, and Muon trains its kernels. The teacher's EMA is --ema's.
 Run         python consistency.py                            a checkerboard: 2 minutes on one core;
                 energy distance 0.0008 in one step, 0.0003 in two, 0.0009 the teacher, each ± 0.0003
             python consistency.py --dataset mnist            digits, and editing.png

@@ -17,7 +17,8 @@ Departures  1. N equal steps from t = 1 to eps, beta_i = h beta(t_i): Eq. 20 and
             3. --score residual: the network corrects the score of N(0, I), with which so small a
                one learns faster; "noise" is the authors' -net / std. It sees x scaled to unit size.
             4. --weighting likelihood, g², is of the authors' later paper and in their code.
-            5. The U-Net is Dhariwal & Nichol's; DDPM++, and NCSN++ for VE, differ in details. The
+            5. The U-Net is Dhariwal & Nichol's; DDPM++, and NCSN++ for VE, differ in details. On
+               small images it sees patches of 2 x 2 pixels, and Muon trains its kernels. The
                classifier has two convolutions; theirs is a Wide-ResNet-28-10.
 Run         python score_sde.py                       checkerboard
             python score_sde.py --dataset mnist       digits: by class, inpainted, interpolated
