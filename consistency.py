@@ -1,11 +1,11 @@
 """Consistency Models. Song, Dhariwal, Chen, Sutskever, arXiv 2303.01469v1
 
-Implements  Eq. 3 (probability-flow ODE); Eq. 5 (parameterisation with the boundary condition);
-            Eq. 6 (one Euler or Heun step); Eq. 7 (distillation loss); Eq. 8 (target network);
-            Eq. 10 (training loss); Alg. 1 (multistep sampling); Alg. 2 (distillation, "cd");
-            Alg. 3 (training, "ct"); Alg. 4 (zero-shot editing); App. C (scalings, schedules N(k)
-            and mu(k), LPIPS at 224); Table 3 (CIFAR-10); App. D (inpainting, colourisation,
-            super-resolution, strokes, denoising, interpolation); Sec. 3 (greedy time points)
+Implements  Eq. 3 (probability-flow ODE); Eq. 5 (parameterisation, boundary condition); Eq. 6 (Euler
+            or Heun step); Eq. 7 (distillation loss); Eq. 8 (target network); Eq. 10 (training
+            loss); Alg. 1 (multistep sampling); Alg. 2 (distillation, "cd"); Alg. 3 (training,
+            "ct"); Alg. 4 (zero-shot editing); Sec. 3 (greedy time points); Sec. 4 (time grid);
+            App. C (scalings, schedules N(k) and mu(k), LPIPS at 224); Table 3 (CIFAR-10);
+            App. D (inpainting, colourisation, super-resolution, strokes, denoising, interpolation)
 Extension   "ict": improved consistency training, Song & Dhariwal, arXiv 2310.14189, since plain
             "ct" hardly trains in minutes. The teacher: Karras et al., arXiv 2206.00364 (EDM).
 Conventions t = eps = 0.002 is data, t = T = 80 is noise, x_t = x + t z; the data is x.
@@ -15,7 +15,7 @@ Departures  1. Alg. 4 with mask 1, as App. D states it for strokes, erases the s
             2. EDM's c_noise = ln(t) / 4 is moved to [0, 1], the range of the networks' time.
             3. LPIPS is an argument, train(..., d=partial(perceptual, network=lpips)), not a
                download; FID in the greedy search is the energy distance; l1 and l2 are means.
-            4. lambda(t_n) of "cd" is iCT's, which learns faster; the paper's 1 for CIFAR-10.
+            4. lambda(t_n) of "cd" is iCT's, which learns faster; the preset of cifar10 has 1.
                mu(k) has the paper's N(k); the official code has N(k) - 1.
             5. The U-Net is Dhariwal & Nichol's, not NCSN++; on small images it sees patches of
                2 x 2 pixels, and Muon trains its kernels. The teacher's EMA is --ema's.
@@ -76,10 +76,9 @@ class Config(common.Config):
 
 # fmt: off
 SMALL_IMAGES = {  # minutes on two cores
-    "steps": 2_000, "teacher_steps": 5_000, "batch_size": 32, "lr": 2e-3, "beta_2": 0.99,
-    "optimizer": "muon", "decay": "linear", "teacher_lr": 2e-3,
-    "amp": "auto", "sigma_data": 0.5, "examples": 500, "patch": 2, "width": 32, "blocks": 1,
-    "mult": (1, 2, 2), "attention": None,
+    "steps": 2_000, "teacher_steps": 5_000, "batch_size": 32, "lr": 2e-3, "teacher_lr": 2e-3,
+    "beta_2": 0.99, "optimizer": "muon", "decay": "linear", "amp": "auto", "sigma_data": 0.5,
+    "examples": 500, "patch": 2, "width": 32, "blocks": 1, "mult": (1, 2, 2), "attention": None,
 }
 PRESETS = {
     "glyphs": SMALL_IMAGES, "mnist": SMALL_IMAGES, "fashion_mnist": SMALL_IMAGES,
@@ -90,7 +89,7 @@ PRESETS = {
         "weighting": "one",  # Sec. 4; ict: --weighting step --steps 400000 --batch-size 1024
         # and --lr 1e-4 --dropout 0.3 --ema 0.99993
         "clip": None, "width": 128, "mult": (2, 2, 2), "blocks": 4,  # official code
-        "teacher_steps": 400_000, "teacher_lr": 1e-3, "teacher_dropout": 0.13,  # Karras et al. 2022
+        "teacher_steps": 400_000, "teacher_lr": 1e-3, "teacher_dropout": 0.13,  # official code
         "examples": 5_000,
     },
 }

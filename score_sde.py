@@ -7,7 +7,8 @@ Implements  Eq. 5, Eq. 30, Eq. 31 (VE SDE), Eq. 32, Eq. 33 (VP), Eq. 12, Eq. 34 
             Alg. 1, App. G (PC sampler, its denoising); Eq. 13 (probability flow ODE); Eq. 39,
             Eq. 40, App. D.2 (likelihood); App. D.4, Fig. 6 (codes, interpolation, temperature);
             App. D.5 (two networks, one code); Eq. 49, App. I.1 (by class); App. I.2 (imputation);
-            App. I.3 (colourisation); Table 1 (samplers, in 2-D)
+            App. I.3 (colourisation); Table 1 (samplers, in 2-D); App. C (schedules, eps); App. H.1,
+            App. H.2 (CIFAR-10)
 Conventions t = 0 is data, x_0; t = 1 is noise. A score is s(x, t); eps is the smallest time.
 Departures  1. N equal steps from t = 1 to eps, beta_i = h beta(t_i): Eq. 20 and Eq. 24 for the
                continuous model. For the sub-VP SDE, where the paper gives none, Euler steps.
@@ -90,8 +91,8 @@ PRESETS = {
         "lr": 2e-4, "warmup": 5_000, "decay": "constant", "flip": True,  # official code
         "dropout": 0.1, "divergence": "rademacher",  # official code
         "sde": "subvp", "score": "noise", "nll_examples": 10_000, "nll_repeats": 5,  # App. D.2
-        "predictor": "euler_maruyama", "sampler_steps": 1_000, "corrector_steps": 0,  # App. H.2
-        "classifier_steps": 50_000,  # not stated
+        "sampler_steps": 1_000, "corrector_steps": 0,  # App. H.1
+        "predictor": "euler_maruyama", "classifier_steps": 50_000,  # App. H.2; not stated
     },
 }
 # fmt: on
@@ -149,7 +150,7 @@ class VE(SDE):
         self.sigma_min, self.sigma_max, self.prior_std = sigma_min, sigma_max, sigma_max
 
     def sigma(self, t):
-        return self.sigma_min * (self.sigma_max / self.sigma_min) ** t
+        return self.sigma_min * (self.sigma_max / self.sigma_min) ** t  # App. C
 
     def kernel(self, t):
         return torch.ones_like(t), self.sigma(t) * (t > 0)  # Eq. 31; sigma(0) is 0, not sigma(0+)
@@ -176,7 +177,7 @@ class VP(SDE):
         self.beta_min, self.beta_max = beta_min, beta_max
 
     def beta(self, t):
-        return self.beta_min + t * (self.beta_max - self.beta_min)
+        return self.beta_min + t * (self.beta_max - self.beta_min)  # App. C
 
     def B(self, t):
         """The integral of beta from 0 to t."""
