@@ -4,8 +4,8 @@ Implements  Eq. 1 (flow); Eq. 6, Eq. 8 (marginal path and field of a finite data
             Eq. 10, Eq. 11, Eq. 14, Eq. 15 (Gaussian paths, CFM loss, Theorem 3); Eq. 16, Eq. 17
             (VE); Eq. 18, Eq. 19 (VP); Eq. 20, Eq. 21, Eq. 22, Eq. 23 (OT); Eq. 31, Eq. 33, Eq. 34
             (likelihood); Eq. 46 and App. E.1 (score matching, ScoreFlow, DDPM); App. C (bits per
-            dimension); Table 3 (CIFAR-10); Table 4 (K-sample NLL); Fig. 7 (error of few
-            evaluations); Sec. 6.3 (super-resolution)
+            dimension); Table 3 (CIFAR-10); App. E.2, Table 4 (K-sample NLL); Fig. 4 (picture);
+            Sec. 6.2, Fig. 7 (error of few evaluations); Sec. 6.3, Table 2 (super-resolution, PSNR)
 Conventions t = 0 is noise, x_0 ~ N(0, I); t = 1 is data, x_1 ~ q. A field is v(x, t).
 Departures  1. App. E.1 prints the score's target and s = eps / sigma_t without their minus, which
                Eq. 46 fits. Here s = grad log p = -eps / sigma_t, so u = T'(1-t)/2 [x + s].
@@ -340,7 +340,7 @@ def train(cfg, run, data, path):
             x_1 = common.dequantize(x_1)
         low = low_resolution(x_1, cfg.upsample) if cfg.upsample > 1 else None
         x_0 = torch.randn_like(x_1)  # x_0 ~ N(0, I), (B, ...)
-        t = path.t_max * torch.rand(len(x_1), device=x_1.device)  # t ~ U[0, 1], (B,)
+        t = path.t_max * torch.rand(len(x_1), device=x_1.device)  # t ~ U[0, t_max], (B,)
         net = conditioned(run.model, low)
         f = path.field(net) if cfg.objective == "cfm" else net
         loss = loss_of(f, x_0, x_1, t, path)  # Eq. 14, or App. E.1

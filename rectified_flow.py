@@ -1,15 +1,15 @@
 """Flow Straight and Fast: Learning to Generate and Transfer Data with Rectified Flow.
 Liu, Gong, Liu, arXiv 2209.03003v1 (the numbers below are that version's)
 
-Implements  Alg. 1, Alg. 2, Alg. 3, Alg. 4 (train, sample, reflow); Eq. 1 (objective, on any
+Implements  Alg. 1, Alg. 2, Alg. 3, Alg. 4 (main, train, sample, reflow); Eq. 1 (objective, on any
             coupling); Eq. 3 (straightness); Eq. 4 (v^X in closed form); Eq. 5, Sec. 5.1
             (nearest-neighbour estimate); Eq. 6 (nonlinear interpolation); Eq. 7, Eq. 8 (VP and
             sub-VP ODE), Fig. 5 (VP at constant speed); Theorem 3.5 (convex costs); Eq. 12, Eq. 13
             (V, descent of the cost); Eq. 20 (transfer of style); Sec. 2.2 (smoothing, one-step
-            distillation); App. A (distillation to k steps, CIFAR-10)
+            distillation); App. A (distillation to k steps, CIFAR-10); Fig. 3 (picture)
 Conventions t = 0 is the source, X_0 ~ pi_0: noise or data; t = 1 is the target, X_1 ~ pi_1: data.
             A field is v(x, t). Euler's N steps evaluate it at t = 0, 1/N, ... (N - 1)/N.
-Departures  1. Eq. 13 is printed without the squares that its proof has; they are here.
+Departures  1. Eq. 13 has the squares of its proof, c(x) = |x|^2; without them it does not hold.
             2. One-step distillation is by L2; the paper's LPIPS is a metric to pass to `rectify`.
             3. Not stated, so chosen: a round starts from the moving average of the one before.
             4. In 2-D a residual MLP with Fourier features, not two layers of 64 units.
@@ -458,7 +458,7 @@ PURPLE, RED, BLUE, LIGHT_RED, GREY = "#6e28aa", "#e12d28", "#1e50c86e", "#e12d28
 
 
 def vector_picture(path, rounds):
-    """Above, paths from pi_0 (purple) to pi_1 (red) as in Fig. 2; below, what few steps reach."""
+    """Above, paths from pi_0 (purple) to pi_1 (red) as in Fig. 3; below, what few steps reach."""
     x_0, x_1 = rounds[0].paths
     bound = 1.1 * torch.cat([x_0, x_1]).abs().flatten().quantile(0.997).item()
     box, size = (-bound, bound, -bound, bound), (320, 320)
