@@ -1,21 +1,23 @@
 """Structured Denoising Diffusion Models in Discrete State-Spaces.
 Austin, Johnson, Ho, Tarlow, van den Berg, NeurIPS 2021, arXiv 2107.03006
 
-Implements  Eq. 1 (bound); Eq. 2, Eq. 3 (corruption, marginals, posterior); Eq. 4 (the
+Implements  Eq. 1 (bound); Eq. 2, Eq. 3 (corruption, marginals, posterior); Eq. 4, Sec. 3.3 (the
             x0-parameterisation, k steps at a time); Eq. 5 (hybrid loss); Eq. 6, Eq. 7, App. A.2.6
-            (uniform, absorbing, both); Eq. 8 (discretised Gaussian); Eq. 9, Eq. 16 (neighbours,
-            matrix exponential); Eq. 10 (band-diagonal); Eq. 15 (low-rank products); Eq. 17, Eq. 18
-            (mutual information, cosine); App. A.8 (logistic head); Sec. 4, Eq. 12 (BERT, masked
-            language models, autoregression); Table 1, Table 3, Table 5 (families and losses)
+            (uniform, absorbing, both); Eq. 8 (discretised Gaussian); Eq. 9 (neighbours); Eq. 10
+            (band-diagonal); Eq. 15, App. A.4.1 (low-rank products); Eq. 16, App. A.4.2 (matrix
+            exponentials); Sec. 3.2, Eq. 17, App. A.7, Eq. 18 (reciprocal, mutual information,
+            cosine); App. A.2.2, App. A.8, App. B.1 (of images); App. B.2 (of text); Sec. 4, Eq. 12
+            (BERT, masked language models, autoregression); Table 1, Table 3, Table 5 (families)
 Conventions x_0 is data, x_T noise; t = 1 ... T; [Q_t]_ij = q(x_t = j | x_{t-1} = i). States are
             int64 (B, ...), distributions log-probabilities (B, ..., K). Bounds in bits.
 Departures  1. Eq. 4 holds at t = 1 too, where the official code takes the network's p~ itself.
             2. lambda weighs the terms of one t, as in the official code: Eq. 5's is T times it.
-            3. Eq. 18 is printed with "+ pi/2"; the cosine is of (t/T + s)/(1 + s) times pi/2.
-            4. The beta of Eq. 8 are for K = 256, T = 1000. For others, a step has the same variance
-               relative to the range, and the chain the same in all.
-            5. The mutual information is interpolated linearly in log(exponent), not by a cubic.
-            6. The transformer has depthwise convolutions, as a plain one learns context slowly.
+            3. Eq. 18 is printed with "+ pi/2"; the cosine is of (t/T + s)/(1 + s) times pi/2, and
+               s the official code's. Eq. 17's last member lacks p(x_0) above its inner sum.
+            4. Eq. 8's beta are for K = 256, T = 1000; others keep variances relative to the range.
+            5. More exponents than App. A.7's, interpolated linearly in their log, not by a cubic.
+            6. The transformer has depthwise convolutions, as a plain one learns context slowly, and
+               heads of 32 channels. Embeddings for Eq. 9 are the text's bigrams, not pre-trained.
 Run         python d3pm.py                     18.25 ± 0.09 bits a sentence, entropy 18; 67 s
             python d3pm.py --dataset FILE.txt  tinyshakespeare: 2.853 ± 0.015 bits a letter; 11 min
             python d3pm.py --dataset mnist     digits of 8 grey levels
@@ -81,19 +83,16 @@ class Config(common.Config):
 # fmt: off
 IMAGES = {"T": 100, "family": "gaussian", "head": "logistic", "steps": 4_000, "batch_size": 32,
           "lr": 4e-3, "beta_2": 0.99, "amp": "auto", "width": 16, "blocks": 1}
-SMALL = IMAGES | {"image_size": 20}
-PRESETS = {
-    "glyphs": SMALL, "mnist": SMALL, "fashion_mnist": SMALL, "folder": IMAGES,
+PRESETS = dict.fromkeys(("glyphs", "mnist", "fashion_mnist"), IMAGES | {"image_size": 20}) | {
+    "folder": IMAGES,
     "grammar": {"steps": 1_300, "batch_size": 32, "lr": 4e-3, "T": 256, "length": 37, "width": 64,
                 "blocks": 3, "bound_examples": 64, "bound_times": None, "infer_steps": 256},
     "text8": {"steps": 1_000_000, "batch_size": 512, "lr": 5e-4, "warmup": 10_000, "length": 256,
               "width": 768, "blocks": 12},  # App. B.2; its decay is rsqrt
-    "cifar10": {  # App. B.1
-        "family": "gaussian", "head": "logistic", "levels": 256, "lam": 0.001, "infer_steps": 1000,
-        "steps": 1_500_000, "batch_size": 128, "lr": 2e-4, "warmup": 0, "decay": "constant",
-        "ema": 0.9999, "dropout": 0.1, "flip": True, "width": 128, "mult": (1, 2, 2, 2),
-        "blocks": 2, "attention": (16,),
-    },
+    "cifar10": {"family": "gaussian", "head": "logistic", "levels": 256, "lam": 0.001,  # App. B.1
+                "infer_steps": 1000, "steps": 1_500_000, "batch_size": 128, "lr": 2e-4,
+                "ema": 0.9999, "dropout": 0.1, "flip": True, "blocks": 2, "attention": (16,),
+                "width": 128, "mult": (1, 2, 2, 2), "warmup": 0, "decay": "constant"},  # its code
 }
 # fmt: on
 
@@ -166,7 +165,7 @@ class LowRank(Chain):
         self.pi, self.alpha_bar = pi, alpha_bar
         stay = torch.where(alpha_bar[:-1] > 0, alpha_bar[1:] / alpha_bar[:-1], 0.0)
         stay = torch.cat([alpha_bar[:1], stay])
-        self.keep("step", log(torch.stack([stay, 1 - stay])))
+        self.keep("step", log(torch.stack([stay, 1 - stay])))  # Eq. 15
         self.keep("whole", log(torch.stack([alpha_bar, 1 - alpha_bar])))  # App. A.4.1
 
     def at(self, grid):
@@ -181,12 +180,12 @@ class LowRank(Chain):
 
     def log_row(self, x_0, t):
         """log q(x_t | x_0), (B, ..., K); t may be 0 too."""
-        return self._entries(self.whole, t, x_0, self.log_pi)
+        return self._entries(self.whole, t, x_0, self.log_pi)  # Eq. 3
 
     def log_column(self, x_t, t, whole=False):
         """log q(x_t | x_{t-1}) for every x_{t-1}, (B, ..., K); whole: log q(x_t | x_0)."""
         table = self.whole if whole else self.step
-        return self._entries(table, t, x_t, self.log_pi[x_t][..., None])
+        return self._entries(table, t, x_t, self.log_pi[x_t][..., None])  # Eq. 2
 
     def log_forward(self, log_p, t):
         """log (p Q_bar_t) of weights p >= 0, (B, ..., K)."""
@@ -270,15 +269,15 @@ class Exponential(Dense):
         return Exponential(self.R, self.alpha, self.n[grid], self.times[grid])
 
     def log_Q(self, t):
-        return self._log_exp(self.n[t] - self.n[t - 1])
+        return self._log_exp(self.n[t] - self.n[t - 1])  # Eq. 16
 
     def log_Q_bar(self, t):
-        return self._log_exp(self.n[t])
+        return self._log_exp(self.n[t])  # Eq. 16
 
     def _log_exp(self, n):
         Q = torch.eye(self.K, dtype=self.powers.dtype, device=n.device).expand(len(n), -1, -1)
         for j, power in enumerate(self.powers):
-            Q = torch.where((n >> j & 1 == 1)[:, None, None], Q @ power, Q)
+            Q = torch.where((n >> j & 1 == 1)[:, None, None], Q @ power, Q)  # App. A.4.2
         return log(Q)
 
 
@@ -314,8 +313,8 @@ def toeplitz(kernel):
 
 
 def gaussian_betas(K, T):
-    """beta of App. B.1, for K = 256 and T = 1000, and what is alike for others (Departure 4)."""
-    beta = torch.linspace(1e-4, 0.02, T, dtype=torch.float64) * (1000 / T)
+    """A step's variance relative to the range is that of K = 256, the chain's that of T = 1000."""
+    beta = torch.linspace(1e-4, 0.02, T, dtype=torch.float64) * (1000 / T)  # App. B.1, Departure 4
 
     def variance(K, beta):  # of a step, relative to the range
         return gaussian_kernel(K, beta) @ torch.linspace(-1, 1, 2 * K - 1, dtype=torch.float64) ** 2
@@ -363,14 +362,15 @@ def mutual_schedule(p_0, Q_bar, T):
     """Exponents a_0 = 0 ... a_T for which I(x_t; x_0) = (1 - t / T) H(x_0); Q_bar(a) is (K, K)."""
     nodes = torch.logspace(-8, 5, 1024, dtype=torch.float64)
     entropy = -(p_0 * log(p_0)).sum()
-    lost = 1 - torch.stack([information(p_0, Q_bar(a)) for a in nodes]) / entropy
-    a = np.exp(np.interp(np.arange(1, T) / T, lost.numpy(), nodes.log().numpy()))  # Eq. 17
+    lost = 1 - torch.stack([information(p_0, Q_bar(a)) for a in nodes]) / entropy  # Eq. 17
+    a = np.exp(np.interp(np.arange(1, T) / T, lost.numpy(), nodes.log().numpy()))  # App. A.7
     end = nodes[min(int((lost < 1 - 1e-9).sum()), len(nodes) - 1)]  # as good as forgotten
     return torch.cat([torch.zeros(1), torch.from_numpy(a), end[None]])
 
 
-SCHEDULES = {"gaussian": "linear", "band": "linear", "neighbours": "mutual"}  # they have no other
-DEFAULTS = {"uniform": "cosine", "absorbing": "reciprocal", "mixed": "mutual"}  # App. B.1, B.2
+# App. B.1, App. B.2, but for band and mixed, which are ours. The first three have no other.
+SCHEDULES = {"gaussian": "linear", "band": "linear", "neighbours": "mutual"}
+DEFAULTS = {"uniform": "cosine", "absorbing": "reciprocal", "mixed": "mutual"}
 
 
 def make_chain(cfg, data):
@@ -399,9 +399,9 @@ def make_chain(cfg, data):
         alpha = a[-1].item() / 2**24
         chain = Exponential(R, alpha, (a / alpha).round().long())
     else:
-        share = {"uniform": 0, "absorbing": 1, "mixed": 2 / 3}[family]  # App. A.2.6, Sec. 4
+        share = {"uniform": 0, "absorbing": 1, "mixed": 2 / 3}[family]  # 2 / 3: BERT, Sec. 4
         e_m, eye = F.one_hot(torch.tensor(data.mask), K), torch.eye(K, dtype=torch.float64)
-        pi = share * e_m + (1 - share) * eye.mean(0)
+        pi = share * e_m + (1 - share) * eye.mean(0)  # Eq. 6, Eq. 7, App. A.2.6
         if schedule == "mutual":
             a = mutual_schedule(p_0, lambda a: torch.lerp(pi.expand(K, K), eye, (-a).exp()), T)
             a[-1] = math.inf  # nothing is left of x_0
@@ -474,7 +474,7 @@ def logistic_log_probs(mu, log_s, K):
     A bin from z - d to z + d has sigmoid(z + d) - sigmoid(z - d) = sigmoid(z + d) sigmoid(d - z)
     (1 - e^{-2 d}), and the last factor is the same for all. mu in [-1, 1].
     """
-    inverse = torch.exp(2 - log_s)[..., None]  # the 2: official code, not the paper
+    inverse = torch.exp(2 - log_s)[..., None]  # the 2, too: App. A.8
     centres = torch.linspace(-1, 1, K, dtype=mu.dtype, device=mu.device)
     z, d = inverse * (centres - mu[..., None]), inverse / (K - 1)
     return (F.logsigmoid(z + d) + F.logsigmoid(d - z)).log_softmax(-1)  # App. A.8
@@ -606,14 +606,14 @@ class Text:
 
 
 class Pixels:
-    """Images of K levels, int64 (B, C, H, W); the absorbing one is in the middle (App. A.2.2)."""
+    """Images of K levels, int64 (B, C, H, W); the absorbing one is in the middle."""
 
     is_image = True
 
     def __init__(self, cfg, data):
         self.data, self.shape = data, data.shape
         self.K = self.symbols = cfg.levels
-        self.mask = self.K // 2
+        self.mask = self.K // 2  # App. A.2.2
         self.test = self.quantise(data.test)
         self.examples = self.quantise(data.train[:10_000]).flatten(1)
 
@@ -757,7 +757,7 @@ def draw(cfg, run, data, chain, n):
     return data.decode(x_0) if data.is_image else x_0
 
 
-ROWS = {
+ROWS = {  # ours: posterior, mixed, and of images uniform lam, gaussian logistic
     "text": "uniform, uniform lam, uniform posterior lam, neighbours, absorbing, absorbing lam, "
     "mixed lam",
     "images": "uniform, uniform lam, absorbing, absorbing lam, gaussian, gaussian lam, "
@@ -766,7 +766,7 @@ ROWS = {
 
 
 def compare(cfg):
-    """Families and losses on equal budgets: Table 1 and Table 5 for text, Table 3 for images."""
+    """On equal budgets: rows of Table 1, Table 5 (text), Table 3 (images); ours for comparison."""
     images, table = load_data(cfg, "cpu").is_image, []
     for row in ROWS["images" if images else "text"].split(", "):
         family, *rest = row.split()

@@ -2,22 +2,21 @@
 Rombach, Blattmann, Lorenz, Esser, Ommer, arXiv 2112.10752v2
 
 Implements  Sec. 3.1, App. G (stage one: KL or VQ, perceptual, adversarial; z rescaled); Eq. 1,
-            Eq. 2, Eq. 3 (stage two: diffusion of x, of z, of z given y); App. B (process and
-            posterior); Sec. 3.3, Table 16 (spatial transformer); App. E.2.1 (tau); Sec. 4.1 (LDM-1
-            beside LDM-f); Sec. 4.3.2 (convolutional sampling); Sec. 4.4 (super-resolution);
-            Sec. 4.5 (inpainting); App. C (guiding by an image); [DDIM]; [classifier-free guidance]
+            Eq. 2, Eq. 3 (stage two: of x, of z, of z given y); App. B (process and posterior);
+            Sec. 3.3, Table 16 (spatial transformer); App. E.2.1 (tau); Sec. 4.1 (LDM-1);
+            Sec. 4.3.2 (convolutional sampling); Sec. 4.4, App. E.3.4 (super-resolution); Sec. 4.5
+            (inpainting); App. C, Fig. 14 (guiding by an image); [DDIM]; [classifier-free guidance]
 Conventions t = 0 is the latent of data, z_0 = E(x) / sigma_hat; t = T is noise. z_t = alpha_t z_0 +
             sigma_t eps, alpha_t² + sigma_t² = 1. Networks take an integer t, 1 to T.
 Departures  1. App. C prints eps + sigma_t grad log p. Since eps = -sigma_t score, it is a minus.
             2. LPIPS is a download: the default takes features of a classifier trained here (as
                it starts, if there is one class). `train_autoencoder` takes any metric, LPIPS too.
-            3. E, D and the discriminator step together; its norm is GroupNorm, for small batches.
-               The autoencoder is without attention (Table 8, the dagger).
-            4. VQ latents are rescaled, too, which changes them little: their deviation is near 1.
+            3. E, D and the discriminator step together; its norm and Table 16's first are GroupNorm
+               (official code: the latter). The autoencoder has no attention (Table 8, the dagger).
+            4. VQ latents are rescaled, too, though their deviation is near 1 (App. D.1).
             5. Masks are boxes; captions are the labels spelled out. Left out: layouts, semantic
                maps and BSR, other data for the same mechanisms; PLMS, a later paper.
-            6. Not in the paper: how often y is dropped in training, as guidance needs it; sampling
-               times T i / S; a class beside the time; what is marked as official code.
+            6. Ours: how often y is dropped; sampling times T i / S. Marked: official code.
 Run         python ldm.py                                    digits by class, through guidance
             python ldm.py --dataset mnist                    the same, longer
             python ldm.py --dataset mnist --condition inpainting --first-stage runs/ldm-mnist
@@ -61,7 +60,7 @@ class Config(common.Config):
     codes: Count = 256  # |Z|, the codebook's size
     perceptual: Weight = 1.0  # weight of the perceptual loss; official code
     adversarial: Weight = 0.0  # weight d_w of the adversarial loss; official code: 0.5, VQ 0.75
-    adversarial_start: Natural = 50_000  # steps of stage one before it; official code
+    adversarial_start: Natural = 50_000  # steps of stage one before it; official code, KL
     ae_steps: Natural = 250  # optimisation steps of stage one
     ae_lr: Positive = 4e-3  # its peak learning rate
     ae_width: Count = 8  # its base channels, doubled at each level, up to fourfold
@@ -82,14 +81,13 @@ class Config(common.Config):
     attention: Sizes | None = None  # resolutions of z with (cross-)attention, but for the middle
     dropout: common.Fraction = 0.0  # of the U-Net
     depth: Count = 1  # blocks of a spatial transformer
-    context: Count = 64  # width of tau(y); Table 13: 512
+    context: Count = 64  # width of tau(y); Table 13, App. E.2.1: 512
     examples: Count = 200  # test images and samples that are measured
 
 
 # fmt: off
 SMALL = {"steps": 8_000, "lr": 4e-3, "width": 48, "ae_steps": 1_500, "ae_width": 16}  # 2 cores
-PRESETS = {
-    "mnist": SMALL, "fashion_mnist": SMALL, "folder": SMALL,
+PRESETS = dict.fromkeys(("mnist", "fashion_mnist", "folder"), SMALL) | {
     "cifar10": {  # ours: the paper has no model of 32 x 32 images
         "f": 2, "ae_steps": 100_000, "ae_lr": 2e-4, "ae_width": 64, "classifier_steps": 10_000,
         "kl_weight": 1e-6, "adversarial": 0.5, "flip": True, "condition": "token", "context": 512,
@@ -105,6 +103,7 @@ class Process:
     """q(z_t | z_0) = N(alpha_t z_0, sigma_t² I), t = 0, 1, ... T; z is (B, ...), t int64 (B,)."""
 
     def __init__(self, T=1000, beta_1=0.0015, beta_T=0.0195, device="cpu"):
+        # Table 12's "linear": in the official code, the roots are
         beta = torch.linspace(beta_1**0.5, beta_T**0.5, T, dtype=torch.float64) ** 2
         log_alpha_2 = F.pad(torch.log1p(-beta).cumsum(0), (1, 0))  # of alpha_t², 0 at t = 0
         self.T, dtype = T, torch.get_default_dtype()
@@ -358,11 +357,11 @@ class TransformerBlock(nn.Module):
 
     def forward(self, h, context=None):
         normed = self.norms[0](h)
-        h = h + self.self_attention(normed, normed)  # Table 16: i
-        h = h + self.mlp(self.norms[1](h))  # Table 16: ii
+        h = h + self.self_attention(normed, normed)  # Table 16: SelfAttention
+        h = h + self.mlp(self.norms[1](h))  # Table 16: MLP
         if self.cross_attention is None:
             return h
-        return h + self.cross_attention(self.norms[2](h), context)  # Table 16: iii
+        return h + self.cross_attention(self.norms[2](h), context)  # Table 16: CrossAttention
 
 
 class SpatialTransformer(nn.Module):
@@ -437,10 +436,7 @@ class LatentDiffusion(nn.Module):
             self.tau = TextEncoder(tokens.shape[1], cfg.context)
         if self.tau is not None:
             self.register_buffer("tokens", tokens)  # of every y, (classes + 1, M)
-
-            def attend(channels, heads):
-                return SpatialTransformer(channels, heads, cfg.context, cfg.depth)
-
+            attend = functools.partial(SpatialTransformer, context=cfg.context, depth=cfg.depth)
         labels = classes + 1 if cfg.condition == "class" else 0
         inputs = c + {"super-resolution": channels, "inpainting": c + 1}.get(cfg.condition, 0)
         sizes = cfg.width, cfg.mult, cfg.blocks, cfg.attention or ()
@@ -478,7 +474,7 @@ class LatentDiffusion(nn.Module):
 
 def low_resolution(x, factor=4):
     """x (B, C, H, W) shrunk by the factor, bicubic with anti-aliasing."""
-    return F.interpolate(x, scale_factor=1 / factor, mode="bicubic", antialias=True)
+    return F.interpolate(x, scale_factor=1 / factor, mode="bicubic", antialias=True)  # App. E.3.4
 
 
 def random_boxes(x):
@@ -500,8 +496,8 @@ def degrade(model, x):
         return F.interpolate(low, scale_factor=4, mode="bicubic"), concat, torch.ones_like(x)
     if condition == "inpainting":
         holes = random_boxes(x)
-        given = x * (1 - holes)
-        concat = torch.cat([model.encode(given), F.avg_pool2d(holes, f)], dim=1)  # Sec. 4.5
+        given = x * (1 - holes)  # Sec. 4.5; what is laid beside z_t: official code
+        concat = torch.cat([model.encode(given), F.avg_pool2d(holes, f)], dim=1)
         return given, concat, holes
     return None, None, None
 
@@ -622,11 +618,9 @@ def generate(model, process, n, y=None, s=None, concat=None, enlarge=1, led_by=N
         null = torch.full_like(y, model.classes)
         eps_theta = guided(eps_theta, y, null, cfg.scale if s is None else s)
     if led_by is not None:
-
-        def shrink(z):
-            return low_resolution(model.decode(z), enlarge)
-
-        eps_theta = image_guided(eps_theta, led_by, shrink, process)
+        eps_theta = image_guided(
+            eps_theta, led_by, lambda z: low_resolution(model.decode(z), enlarge), process
+        )
     if cfg.sampler == "ancestral":
         return model.decode(ancestral(eps_theta, z, process, cfg.sampling_steps))
     return model.decode(ddim(eps_theta, z, process, cfg.sampling_steps, cfg.eta))
