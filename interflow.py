@@ -65,20 +65,9 @@ class Config(common.Config):
     dropout: common.Fraction = 0.0  # of the U-Net
 
 
-SMALL_IMAGES = {  # minutes on two cores
+SMALL_IMAGES = common.SMALL_UNET | {  # minutes on two cores
     "steps": 5_500,
-    "batch_size": 32,
-    "lr": 2e-3,
-    "optimizer": "muon",
-    "beta_2": 0.99,
-    "decay": "linear",
-    "amp": "auto",
     "time_beta": 0.75,  # Beta(1, 0.75): unverified
-    "width": 32,
-    "blocks": 1,
-    "mult": (1, 2),
-    "attention": None,
-    "patch": 2,
     "tol": 1e-4,
     "nll_examples": 128,
     "divergence": "rademacher",

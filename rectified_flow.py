@@ -69,18 +69,8 @@ class Config(common.Config):
     dropout: common.Fraction = 0.0  # of the U-Net
 
 
-SMALL_IMAGES = {  # minutes on two cores
+SMALL_IMAGES = common.SMALL_UNET | {  # minutes on two cores
     "steps": 4_500,
-    "batch_size": 32,
-    "lr": 2e-3,
-    "optimizer": "muon",
-    "beta_2": 0.99,
-    "decay": "linear",
-    "amp": "auto",
-    "width": 32,
-    "blocks": 1,
-    "mult": (1, 2),
-    "patch": 2,
     "later": 1 / 5,
     "pairs": 3_000,
     "nfe": 16,

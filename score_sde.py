@@ -77,11 +77,9 @@ class Config(common.Config):
 
 
 # fmt: off
-SMALL_IMAGES = {  # minutes on two cores
-    "steps": 5_500, "batch_size": 32, "lr": 2e-3, "optimizer": "muon", "beta_2": 0.99,
-    "decay": "linear", "amp": "auto", "sde": "subvp", "tol": 1e-4, "width": 32, "blocks": 1,
-    "mult": (1, 2), "attention": None, "patch": 2, "nll_examples": 64,
-    "divergence": "rademacher", "classifier_steps": 2_000,
+SMALL_IMAGES = common.SMALL_UNET | {  # minutes on two cores
+    "steps": 5_500, "sde": "subvp", "tol": 1e-4, "nll_examples": 64, "divergence": "rademacher",
+    "classifier_steps": 2_000,
 }
 PRESETS = {
     "glyphs": SMALL_IMAGES, "mnist": SMALL_IMAGES, "fashion_mnist": SMALL_IMAGES,
