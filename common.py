@@ -634,7 +634,7 @@ class UNet(nn.Module):
         return F.pixel_shuffle(h, self.patch) if self.patch > 1 else h
 
 
-SMALL_UNET = {  # and how to train it, for small images in minutes of a CPU: README, "Small networks"
+SMALL_UNET = {  # for small images in minutes of a CPU; see "Small networks" in the README
     "width": 32,
     "mult": (1, 2),
     "blocks": 1,
