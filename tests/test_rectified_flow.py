@@ -174,7 +174,7 @@ def test_standard_normal_to_itself():
     assert_close(big_v, math.pi / 2, rtol=0, atol=1e-9)
     cost = (w * rf.transport_cost(x_0, x_1, 2)).sum().item()
     assert_close(cost - 0, s + big_v, rtol=0, atol=3e-6)
-    # As printed, without the squares, Eq. 13 does not hold: Departure 1.
+    # Without the squares Eq. 13 does not hold: Departure 1.
     assert abs(2 / math.sqrt(math.pi) - (s + big_v)) > 0.8  # E|X_1 - X_0| of N(0, 2)
 
 
