@@ -95,7 +95,8 @@ def test_few_test_images(run, pictures):
     code, _, err = run(*arguments, "--upsample", "2")
     assert code == 0, err
     assert metrics("runs/flow_matching-pictures")[-1]["examples"] == 3
-    arguments = [*FM_IMAGES, "--dataset", "glyphs", "--image-size", "9", "--width", "15"]
+    arguments = [*FM_IMAGES, "--dataset", "glyphs", "--image-size", "9", "--patch", "1"]
+    arguments += ["--width", "15"]
     code, _, err = run(*arguments, "--nll-examples", "1", "--attention", "9,5")
     assert code == 0, err
 
