@@ -6,6 +6,7 @@ machine's speed meets all alike. Not collected by pytest.
 """
 
 import argparse
+import copy
 import itertools
 import statistics
 import sys
@@ -497,9 +498,7 @@ class Plain(nn.Module):
 
 def plain_loop(net, data, seconds, batch, optimizer, decay=True):
     """Flow matching as a tutorial writes it, for so many seconds of CPU time -> the EMA, steps."""
-    ema = torch.optim.swa_utils.AveragedModel(
-        net, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.999)
-    )
+    ema = copy.deepcopy(net)
     lr, start, steps = optimizer.param_groups[0]["lr"], time.process_time(), 0
     while (part := (time.process_time() - start) / seconds) < 1:
         for group in optimizer.param_groups:
@@ -510,9 +509,11 @@ def plain_loop(net, data, seconds, batch, optimizer, decay=True):
         optimizer.zero_grad()
         (net(x_t, t) - (x_1 - x_0)).square().mean().backward()
         optimizer.step()
-        ema.update_parameters(net)
+        with torch.no_grad():  # warmed up as common.Run's
+            pair = list(ema.parameters()), list(net.parameters())
+            torch._foreach_lerp_(*pair, 1 - min(0.999, (1 + steps) / (10 + steps)))
         steps += 1
-    return ema.module.eval(), steps
+    return ema.eval(), steps
 
 
 class Swapped(nn.Module):
