@@ -78,7 +78,7 @@ def unets(channels, side, preset, device):
     except ImportError:
         print("torchcfm is not installed")
     else:
-        resolutions = ",".join(map(str, attention))
+        resolutions = ",".join(map(str, attention)) or str(2 * side)  # "" is refused
         torchcfm_unet.normalization = common.group_norm  # its own wants multiples of 32 channels
         net = torchcfm_unet.UNetModelWrapper(
             dim=(c, side, side),
