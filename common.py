@@ -109,9 +109,7 @@ def parse(config_class, presets, argv=None):
     """
     parser = _Parser(description=inspect.getmodule(config_class).__doc__, allow_abbrev=False)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    helps = {}
-    for cls in reversed(config_class.__mro__[:-1]):
-        helps |= dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(cls), re.M))
+    helps = _comments(config_class)
     kinds = typing.get_type_hints(config_class, include_extras=True)
     for field in dataclasses.fields(config_class):
         _add_flag(parser, field, kinds[field.name], helps[field.name])
@@ -144,6 +142,13 @@ def parse(config_class, presets, argv=None):
         raise UserError(f"{cfg.out} holds a checkpoint: add --resume to go on, or another --out")
     cfg.out = cfg.out or _default_out(cfg)
     return cfg
+
+
+@functools.cache  # to find a class in its file takes a tenth of a second
+def _comments(config_class):
+    """The comments on the lines of the fields, by name."""
+    sources = map(inspect.getsource, reversed(config_class.__mro__[:-1]))
+    return dict(re.findall(r"^    (\w+): .*?  # (.*)$", "".join(sources), re.M))
 
 
 class _Parser(argparse.ArgumentParser):

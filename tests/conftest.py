@@ -11,12 +11,21 @@ from PIL import Image
 import common
 
 
+def little_data(common=common):
+    """common's embedded data sets of a twentieth of their sizes: attributes to set."""
+    glyphs = common.glyphs
+    densities = {
+        name: lambda n, g, draw=draw: draw(n // 20, g) for name, draw in common.DENSITIES.items()
+    }
+    return {"glyphs": lambda n, seed: glyphs(n // 20, seed), "DENSITIES": densities}
+
+
 @pytest.fixture
 def call(tmp_path, monkeypatch, capsys):
-    """call(script, *arguments) -> (exit code, stdout, stderr), in an empty folder; few glyphs."""
+    """call(script, *arguments) -> (exit code, stdout, stderr), in an empty folder; little data."""
     monkeypatch.chdir(tmp_path)
-    glyphs = common.glyphs
-    monkeypatch.setattr(common, "glyphs", lambda n, seed: glyphs(n // 20, seed))
+    for name, value in little_data().items():
+        monkeypatch.setattr(common, name, value)
 
     def run(script, *arguments):
         module = importlib.import_module(script)
