@@ -560,7 +560,8 @@ class UNet(nn.Module):
         attention: the sides, of images with side `size`, at which levels get attention.
         attend: (channels, heads) -> a module f(h, context) to stand where attention would; forward
             hands it its `context`.
-        patch: patches of patch x patch pixels are seen as channels; sides then count patches.
+        patch: all this sees patches of patch x patch pixels as channels, and sides count patches;
+            one more block, of half as many channels, sees the pixels themselves.
     """
 
     def __init__(
@@ -614,8 +615,15 @@ class UNet(nn.Module):
             if level:
                 self.up.append(Upsample(width))
                 side = math.ceil(size / 2 ** (level - 1))
-        out_channels = (out_channels or in_channels) * patch**2
-        out = zeroed(nn.Conv2d(width, out_channels, 3, padding=1))
+        if patch > 1:
+            fine = channels // 2
+            self.split = nn.Sequential(
+                group_norm(width), nn.SiLU(), nn.Conv2d(width, fine * patch**2, 1)
+            )
+            self.fine_stem = nn.Conv2d(in_channels, fine, 3, padding=1)
+            self.fine = Stage(2 * fine, fine, emb, dropout, heads=0)
+            width = fine
+        out = zeroed(nn.Conv2d(width, out_channels or in_channels, 3, padding=1))
         self.output = nn.Sequential(group_norm(width), nn.SiLU(), out)
 
     def forward(self, x, t, y=None, context=None):
@@ -635,8 +643,10 @@ class UNet(nn.Module):
                 h = layer(h, skips[-1].shape[-2:])
             else:
                 h = layer(torch.cat([h, skips.pop()], dim=1), emb, context)
-        h = self.output(h)
-        return F.pixel_shuffle(h, self.patch) if self.patch > 1 else h
+        if self.patch > 1:
+            h = F.pixel_shuffle(self.split(h), self.patch)
+            h = self.fine(torch.cat([h, self.fine_stem(x)], dim=1), emb)
+        return self.output(h)
 
 
 SMALL_UNET = {  # for small images in minutes of a CPU; see "Small networks" in the README
@@ -1063,30 +1073,43 @@ class Muon(torch.optim.Adam):
     @torch.no_grad()
     def step(self):
         group = self.param_groups[1]
-        by_shape = {}
-        for p in group["params"]:
-            if p.grad is None:
-                continue
+        kernels = [p for p in group["params"] if p.grad is not None]
+        for p in kernels:
             if not self.state[p]:  # in Adam's words, so that it loads them
                 self.state[p] |= {"step": torch.zeros(()), "exp_avg": torch.zeros_like(p)}
-            momentum = self.state[p]["exp_avg"].mul_(0.95).add_(p.grad)
-            direction = p.grad.add(momentum, alpha=0.95).flatten(1)  # Nesterov's
-            by_shape.setdefault(direction.shape, []).append((p, direction))
+        gradients = [p.grad for p in kernels]
+        momenta = [self.state[p]["exp_avg"] for p in kernels]
+        if kernels:
+            torch._foreach_mul_(momenta, 0.95)
+            torch._foreach_add_(momenta, gradients)
+            torch._foreach_add_(gradients, momenta, alpha=0.95)  # Nesterov's direction
+        by_shape = {}
+        for p in kernels:
+            rows = p.grad.permute(0, 2, 3, 1).flatten(1)  # a view, if channels are last
+            by_shape.setdefault(rows.shape, []).append((p, rows))
             p.grad = None  # so that Adam passes it over
         super().step()
-        for kernels, directions in (zip(*pairs, strict=True) for pairs in by_shape.values()):
-            for p, update in zip(kernels, orthogonal_factor(torch.stack(directions)), strict=True):
-                p.sub_(update.view_as(p), alpha=10 * group["lr"])
+        for kernels, rows in (zip(*pairs, strict=True) for pairs in by_shape.values()):
+            for p, factor in zip(kernels, orthogonal_factor(torch.stack(rows)), strict=True):
+                rows = factor.view(len(p), *p.shape[2:], -1).permute(0, 3, 1, 2)
+                p.sub_(rows, alpha=10 * group["lr"])
 
 
 def orthogonal_factor(matrices):
-    """About U Vᵀ of matrices U S Vᵀ, (N, R, C): singular values in [0.7, 1.2] but the smallest."""
+    """About U Vᵀ of matrices U S Vᵀ, (N, R, C): singular values in [0.7, 1.2] but the smallest.
+
+    Five steps x <- (a + b xxᵀ + c (xxᵀ)²) x; all are polynomials of the first xxᵀ, so that only
+    its small powers are taken.
+    """
     tall = matrices.shape[1] > matrices.shape[2]
     x = matrices.mT if tall else matrices
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    gram, product = x @ x.mT, torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
     for _ in range(5):
-        gram = x @ x.mT
-        x = 3.4445 * x + torch.baddbmm(gram, gram, gram, beta=-4.775, alpha=2.0315) @ x
+        step = torch.baddbmm(gram, gram, gram, beta=-4.775, alpha=2.0315)
+        step.diagonal(dim1=1, dim2=2).add_(3.4445)
+        gram, product = step @ gram @ step, step @ product
+    x = product @ x
     return x.mT if tall else x
 
 

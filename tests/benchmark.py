@@ -34,7 +34,7 @@ import rectified_flow  # noqa: E402
 import vae  # noqa: E402
 
 PRESETS = {  # image channels, side, U-Net: base channels, multiples, blocks, attention; batch
-    "MNIST": (4, 14, flow_matching.PRESETS["mnist"], 64),  # patches of 2 x 2 pixels as channels
+    "MNIST": (4, 14, flow_matching.PRESETS["mnist"], 64),  # the part that sees patches as channels
     "CIFAR-10": (3, 32, flow_matching.PRESETS["cifar10"], 4),
 }
 

@@ -429,16 +429,27 @@ def test_unet_shapes(size, mult):
     assert_close(channels_last[:1], alone, rtol=1e-4, atol=1e-4)
 
 
-def test_unet_of_patches_is_a_unet_of_their_pixels_as_channels():
+def test_unet_of_patches():
+    """A U-Net of the patches' pixels as channels, whose result a block sees beside the pixels."""
     shape = {"channels": 8, "mult": (1, 2), "blocks": 1, "attention": (4,)}
     patches = common.UNet(3, 5, 16, **shape, patch=2)
-    pixels = common.UNet(12, 20, 8, **shape)
+    pixels = common.UNet(12, 16, 8, **shape)
+    pixels.output = torch.nn.Identity()
+    missing, _ = pixels.load_state_dict(patches.state_dict(), strict=False)
+    assert not missing
+    pixels.output = patches.split
     torch.nn.init.normal_(patches.output[2].weight)
-    pixels.load_state_dict(patches.state_dict())
     x, t = torch.randn(2, 3, 16, 16), torch.rand(2)
-    v = pixels(torch.nn.functional.pixel_unshuffle(x, 2), t)
-    assert torch.equal(patches(x, t), torch.nn.functional.pixel_shuffle(v, 2))
-    assert v.std() > 0.1
+    seen = []
+    patches.fine.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0]))
+    v = patches(x, t)
+    assert v.shape == (2, 5, 16, 16)
+    coarse = pixels(torch.nn.functional.pixel_unshuffle(x, 2), t)
+    assert torch.equal(seen[0][:, :4], torch.nn.functional.pixel_shuffle(coarse, 2))
+    assert torch.equal(seen[0][:, 4:], patches.fine_stem(x))
+    v.square().sum().backward()
+    untouched = [name for name, p in patches.named_parameters() if p.grad is None]
+    assert untouched == []
 
 
 def test_unet_sizes_of_the_papers():
