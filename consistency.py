@@ -18,7 +18,8 @@ Departures  1. Alg. 4 with mask 1, as App. D states it for strokes, erases the s
             4. lambda(t_n) of "cd" is iCT's, which learns faster; the preset of cifar10 has 1.
                mu(k) has the paper's N(k); the official code has N(k) - 1.
             5. The U-Net is Dhariwal & Nichol's, not NCSN++; on small images it sees patches of
-               2 x 2 pixels, and Muon trains its kernels. The teacher's EMA is --ema's.
+               2 x 2 pixels, Muon trains its kernels, and the teacher's P_mean is 0, not -1.2:
+               strokes are decided at more noise. The teacher's EMA is --ema's.
 Run         python consistency.py                            a checkerboard: 2 minutes on one core;
                 energy distance 0.0008 in one step, 0.0003 in two, 0.0009 the teacher, each ± 0.0003
             python consistency.py --dataset mnist            digits, and editing.png
@@ -34,7 +35,7 @@ import math
 import os
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
@@ -42,6 +43,8 @@ from torch import nn
 
 import common
 from common import Count, Fraction, Natural, Positive, Sizes, UserError, bcast
+
+LogSigma = Annotated[float, lambda v: -10 <= v <= 10, "a number from -10 to 10"]
 
 
 @dataclass
@@ -53,6 +56,8 @@ class Config(common.Config):
     method: Literal["cd", "ct", "ict"] = "cd"  # distillation, consistency training, improved
     teacher_steps: Natural = 8_000  # optimisation steps of the teacher, an EDM (cd alone)
     teacher_lr: Positive = 4e-3  # peak learning rate of the teacher's Adam
+    P_mean: LogSigma = -1.2  # cd: the teacher learns at ln sigma ~ N(P_mean, P_std²) (EDM, Table 1)
+    P_std: Positive = 1.2  # the same
     N: Count = 18  # cd: points of the time grid (Sec. 6.1)
     solver: Literal["heun", "euler"] = "heun"  # cd: of the step from t_{n+1} to t_n (Sec. 6.1)
     mu: Fraction = 0.0  # cd: decay of the target network (Table 3)
@@ -76,8 +81,8 @@ class Config(common.Config):
 
 # fmt: off
 SMALL_IMAGES = common.SMALL_UNET | {  # minutes on two cores
-    "steps": 2_000, "teacher_steps": 5_000, "teacher_lr": 2e-3, "sigma_data": 0.5,
-    "examples": 500, "mult": (1, 2, 2),
+    "steps": 2_400, "teacher_steps": 6_000, "teacher_lr": 2e-3, "sigma_data": 0.5,
+    "P_mean": 0.0, "examples": 500,
 }
 PRESETS = {
     "glyphs": SMALL_IMAGES, "mnist": SMALL_IMAGES, "fashion_mnist": SMALL_IMAGES,
@@ -426,7 +431,7 @@ def train_teacher(cfg, device, data):
     run.cfg = dataclasses.replace(cfg, steps=steps, lr=cfg.teacher_lr, warmup=steps // 20)
     D = parameterised(run.model, cfg.sigma_data, eps=0.0)
     for x, _ in run.batches(data):
-        run.step(edm_loss(D, x, torch.randn_like(x), sigma_data=cfg.sigma_data))
+        run.step(edm_loss(D, x, torch.randn_like(x), cfg.P_mean, cfg.P_std, cfg.sigma_data))
     return run.ema
 
 

@@ -64,7 +64,7 @@ class Config(common.Config):
 
 
 SMALL_IMAGES = common.SMALL_UNET | {  # minutes on two cores
-    "steps": 5_500,
+    "steps": 6_500,
     "tol": 1e-4,
     "nll_examples": 128,
     "divergence": "rademacher",

@@ -66,7 +66,7 @@ class Config(common.Config):
 
 
 SMALL_IMAGES = common.SMALL_UNET | {  # minutes on two cores
-    "steps": 5_500,
+    "steps": 6_500,
     "time_beta": 0.75,  # Beta(1, 0.75): unverified
     "tol": 1e-4,
     "nll_examples": 128,

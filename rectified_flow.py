@@ -70,7 +70,7 @@ class Config(common.Config):
 
 
 SMALL_IMAGES = common.SMALL_UNET | {  # minutes on two cores
-    "steps": 4_500,
+    "steps": 5_000,
     "later": 1 / 5,
     "pairs": 3_000,
     "nfe": 16,

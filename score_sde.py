@@ -78,7 +78,7 @@ class Config(common.Config):
 
 # fmt: off
 SMALL_IMAGES = common.SMALL_UNET | {  # minutes on two cores
-    "steps": 5_500, "sde": "subvp", "tol": 1e-4, "nll_examples": 64, "divergence": "rademacher",
+    "steps": 6_000, "sde": "subvp", "tol": 1e-4, "nll_examples": 64, "divergence": "rademacher",
     "classifier_steps": 2_000,
 }
 PRESETS = {

@@ -43,7 +43,7 @@ def metrics(folder):
 # ---- What a newcomer does -----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("path", ["ot", "vp", "ve"])
+@pytest.mark.parametrize("path", ["vp", "ve"])  # ot: test_every_script_trains_resumes_and_samples
 def test_train_resume_sample(run, path):
     code, out, err = run(*FM, "--path", path, "--num-samples", "6", "--divergence", "rademacher")
     assert code == 0, err
