@@ -35,16 +35,14 @@ import math
 import os
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 import common
-from common import Count, Fraction, Natural, Positive, Sizes, UserError, bcast
-
-LogSigma = Annotated[float, lambda v: -10 <= v <= 10, "a number from -10 to 10"]
+from common import Count, Fraction, Natural, Number, Positive, Sizes, UserError, bcast
 
 
 @dataclass
@@ -56,8 +54,7 @@ class Config(common.Config):
     method: Literal["cd", "ct", "ict"] = "cd"  # distillation, consistency training, improved
     teacher_steps: Natural = 8_000  # optimisation steps of the teacher, an EDM (cd alone)
     teacher_lr: Positive = 4e-3  # peak learning rate of the teacher's Adam
-    P_mean: LogSigma = -1.2  # cd: the teacher learns at ln sigma ~ N(P_mean, P_std²) (EDM, Table 1)
-    P_std: Positive = 1.2  # the same
+    P_mean: Number = -1.2  # of the teacher's ln sigma ~ N(P_mean, 1.2²) in training (EDM, Table 1)
     N: Count = 18  # cd: points of the time grid (Sec. 6.1)
     solver: Literal["heun", "euler"] = "heun"  # cd: of the step from t_{n+1} to t_n (Sec. 6.1)
     mu: Fraction = 0.0  # cd: decay of the target network (Table 3)
@@ -84,9 +81,7 @@ SMALL_IMAGES = common.SMALL_UNET | {  # minutes on two cores
     "steps": 2_400, "teacher_steps": 6_000, "teacher_lr": 2e-3, "sigma_data": 0.5,
     "P_mean": 0.0, "examples": 500,
 }
-PRESETS = {
-    "glyphs": SMALL_IMAGES, "mnist": SMALL_IMAGES, "fashion_mnist": SMALL_IMAGES,
-    "folder": SMALL_IMAGES,
+PRESETS = dict.fromkeys(("glyphs", "mnist", "fashion_mnist", "folder"), SMALL_IMAGES) | {
     "cifar10": {  # Table 3 (cd, ct)
         "steps": 800_000, "batch_size": 512, "lr": 4e-4, "ema": 0.9999,  # Table 3
         "warmup": 0, "decay": "constant", "flip": True, "sigma_data": 0.5,  # App. C
@@ -431,7 +426,7 @@ def train_teacher(cfg, device, data):
     run.cfg = dataclasses.replace(cfg, steps=steps, lr=cfg.teacher_lr, warmup=steps // 20)
     D = parameterised(run.model, cfg.sigma_data, eps=0.0)
     for x, _ in run.batches(data):
-        run.step(edm_loss(D, x, torch.randn_like(x), cfg.P_mean, cfg.P_std, cfg.sigma_data))
+        run.step(edm_loss(D, x, torch.randn_like(x), cfg.P_mean, sigma_data=cfg.sigma_data))
     return run.ema
 
 

@@ -1,8 +1,11 @@
 """What the tests share: calling a script as its user does."""
 
 import importlib
+import os
 import re
 import sys
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tensors are small: a second thread costs time
 
 import numpy as np
 import pytest
