@@ -990,6 +990,7 @@ def log_likelihood(f, x, log_prior, t=(1.0, 0.0), *, z=None, **solver):
     log p(x) = log prior(x at t[1]) + the integral of div f from t[0] to t[1]  (Chen et al. 2018).
     z: None for the exact divergence, else a probe, held fixed over the solve. `solver`: odeint's
     keywords. Returns (log p in nats, (B,); the state at t[1]; number of evaluations).
+    Call it under no_grad, unless log p is differentiated: the graphs of all evaluations are kept.
     """
 
     def augmented(state, time):
