@@ -52,7 +52,7 @@ Count = Annotated[int, lambda v: 1 <= v < 2**63, "a whole number of at least 1"]
 Natural = Annotated[int, lambda v: 0 <= v < 2**63, "a whole number of at least 0"]
 Side = Annotated[int, lambda v: 1 <= v <= 4096, "a whole number from 1 to 4096"]
 Positive = Annotated[float, lambda v: 0 < v < math.inf, "a number above 0"]
-Number = Annotated[float, math.isfinite, "a number"]
+Number = Annotated[float, math.isfinite, "a finite number"]
 Fraction = Annotated[float, lambda v: 0 <= v < 1, "a number in [0, 1)"]
 Sizes = Annotated[tuple, lambda v: all(n >= 1 for n in v), "whole numbers such as 1,2,2"]
 
@@ -617,7 +617,7 @@ class UNet(nn.Module):
                 self.up.append(Upsample(width))
                 side = math.ceil(size / 2 ** (level - 1))
         if patch > 1:
-            fine = channels // 2
+            fine = max(1, channels // 2)
             self.split = nn.Sequential(
                 group_norm(width), nn.SiLU(), nn.Conv2d(width, fine * patch**2, 1)
             )

@@ -283,7 +283,7 @@ def test_bad_resume(refused, trained, run):
 
 def test_bad_output_folders(refused):
     Path("file").write_text("precious")
-    for out in ("file", "file/below", "/proc/nowhere/run"):
+    for out in ("file", "file/below", "/proc/nowhere/run"):  # in /proc not even root can write
         refused("cannot write to", "flow_matching", *FM, "--out", out)
     assert Path("file").read_text() == "precious"
 

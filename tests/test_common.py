@@ -450,6 +450,8 @@ def test_unet_of_patches():
     v.square().sum().backward()
     untouched = [name for name, p in patches.named_parameters() if p.grad is None]
     assert untouched == []
+    narrow = common.UNet(1, size=4, channels=1, mult=(1,), blocks=1, attention=(), patch=2)
+    assert narrow(torch.randn(2, 1, 4, 4), t).shape == (2, 1, 4, 4)
 
 
 def test_unet_sizes_of_the_papers():

@@ -544,7 +544,7 @@ BAD_FLAGS = [
     ("--examples 1", "takes two of each"),
     ("--nfe 0", "at least 1"),
     ("--sigma-data 0", "a number above 0"),
-    ("--P-mean=-inf", "must be a number, not '-inf'"),
+    ("--P-mean=-inf", "must be a finite number, not '-inf'"),
     ("--patch 2", "--patch 2 does not divide"),
     ("--compare --num-samples 3", "--compare trains anew"),
 ]

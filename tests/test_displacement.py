@@ -775,7 +775,7 @@ def test_losses_and_fields_keep_to_their_device():
     assert dp.brunn_minkowski_excess(meta(3, 5, 2), meta(3, 5, 2), 0.5).is_meta
 
 
-def test_train_and_sample(call, refused):
+def test_train_resume_sample(call, refused):
     folder = Path("runs/displacement-moons")
     flags = [*TINY, "--source", "rings", "--dataset", "moons", "--num-samples", "20"]
     code, out, err = call("displacement", *flags, "--time", "0.25")
@@ -786,15 +786,20 @@ def test_train_and_sample(call, refused):
     samples = np.load(folder / "samples.npz")["arr_0"]
     assert samples.shape == (20, 2)
     assert samples.dtype == np.float32
-    state = torch.load(folder / "checkpoint.pt", weights_only=True)["model"]
-    assert not torch.equal(state["theta"], state["start"] * state["root"])
+    assert call("displacement", "--dataset", "moons", "--resume", "--steps", "5")[0] == 0
+    resumed = torch.load(folder / "checkpoint.pt", weights_only=True)
+    assert call("displacement", *flags, "--steps", "5", "--out", "whole")[0] == 0
+    whole = torch.load("whole/checkpoint.pt", weights_only=True)
+    assert resumed["step"] == whole["step"] == 5
+    assert torch.equal(resumed["model"]["theta"], whole["model"]["theta"])  # bit for bit
+    assert not torch.equal(
+        whole["model"]["theta"], whole["model"]["start"] * whole["model"]["root"]
+    )
     code, out, err = call("displacement", "--sample", folder / "checkpoint.pt")
     assert code == 0, err
     assert "Brunn-Minkowski: pairs" in out
     assert (folder / "samples" / "samples.png").exists()
-    refused(
-        "does not fit", "displacement", "--sample", folder / "checkpoint.pt", "--quantiles", "9"
-    )
+    refused("does not fit", "displacement", "--sample", "whole/checkpoint.pt", "--quantiles", "9")
 
 
 def test_samples_lie_on_rho_t(tmp_path):
