@@ -888,7 +888,7 @@ def _dopri5(field, x, times, rtol, atol, max_steps):
     t, *waiting = times
     end, states, k = times[-1], [tuple(x_i[None] for x_i in x)], [field(x, t)]
     h = _first_step(field, x, k[0], t, end, size)
-    error, before, after_rejection = 0.0, 1e-4, False  # `before`: the last accepted step's error
+    error, before, after_rejection = 0.0, 1.0, False  # `before`: the last accepted step's error
     for _ in range(max_steps):
         if abs(end - t) <= 1.01 * abs(h):
             h = end - t

@@ -113,11 +113,16 @@ def start(script, arguments, folder, fault=None, **environment):
     return process
 
 
+def end(process):
+    """Its exit code."""
+    process.join(PATIENCE)
+    return process.exitcode
+
+
 def train(script, arguments, folder, fault=None):
     """The exit code of a run, and what it printed."""
-    process = start(script, arguments, folder, fault)
-    process.join(PATIENCE)
-    return process.exitcode, (folder / "log-0").read_text()
+    code = end(start(script, arguments, folder, fault))
+    return code, (folder / "log-0").read_text()
 
 
 def free_port():
@@ -163,8 +168,7 @@ def test_killed_and_resumed_ends_bit_for_bit(script, tmp_path):
     for folder in (whole, pieces):
         folder.mkdir()
     arguments = [*tiny(script), *SMALL]
-    code, log = train(script, arguments, whole)
-    assert code == 0, log
+    undisturbed = start(script, arguments, whole)  # beside the others, on the second core
     rng = random.Random(script)
     faults = [
         ("killed while it writes", 2),
@@ -180,6 +184,7 @@ def test_killed_and_resumed_ends_bit_for_bit(script, tmp_path):
         arguments = ["--resume", "--out", "run"]
     code, log = train(script, arguments, pieces)
     assert code == 0, log
+    assert end(undisturbed) == 0, (whole / "log-0").read_text()
     expected, found = checkpoints(whole), checkpoints(pieces)
     assert expected.keys() == found.keys()
     for name in expected:
@@ -209,9 +214,8 @@ def test_two_processes_hold_the_same_weights(script, tmp_path):
         for n in range(2)
     ]
     for process in processes:
-        process.join(PATIENCE)
-        logs = [file.read_text() for file in sorted(tmp_path.glob("log-*"))]
-        assert process.exitcode == 0, logs
+        code, logs = end(process), [file.read_text() for file in sorted(tmp_path.glob("log-*"))]
+        assert code == 0, logs
     weights = [torch.load(tmp_path / f"rank-{n}.pt", weights_only=True) for n in range(2)]
     assert_same(*weights, script)
 
