@@ -1085,34 +1085,36 @@ class Muon(torch.optim.Adam):
             torch._foreach_mul_(momenta, 0.95)
             torch._foreach_add_(momenta, gradients)
             torch._foreach_add_(gradients, momenta, alpha=0.95)  # Nesterov's direction
-        by_shape = {}
         for p in kernels:
-            rows = p.grad.permute(0, 2, 3, 1).flatten(1)  # a view, if channels are last
-            by_shape.setdefault(rows.shape, []).append((p, rows))
             p.grad = None  # so that Adam passes it over
         super().step()
-        for kernels, rows in (zip(*pairs, strict=True) for pairs in by_shape.values()):
-            for p, factor in zip(kernels, orthogonal_factor(torch.stack(rows)), strict=True):
-                rows = factor.view(len(p), *p.shape[2:], -1).permute(0, 3, 1, 2)
-                p.sub_(rows, alpha=10 * group["lr"])
+        rows = [g.permute(0, 2, 3, 1).flatten(1) for g in gradients]  # views, if channels are last
+        for p, factor in zip(kernels, orthogonal_factors(rows), strict=True):
+            factor = factor.view(len(p), *p.shape[2:], -1).permute(0, 3, 1, 2)
+            p.sub_(factor, alpha=10 * group["lr"])
 
 
-def orthogonal_factor(matrices):
-    """About U Vᵀ of matrices U S Vᵀ, (N, R, C): singular values in [0.7, 1.2] but the smallest.
+def orthogonal_factors(matrices):
+    """About U Vᵀ of each matrix U S Vᵀ of a list: singular values in [0.7, 1.2] but the smallest.
 
     Five steps x <- (a + b xxᵀ + c (xxᵀ)²) x; all are polynomials of the first xxᵀ, so that only
-    its small powers are taken.
+    its powers are taken, of all matrices whose shorter side is the same at once.
     """
-    tall = matrices.shape[1] > matrices.shape[2]
-    x = matrices.mT if tall else matrices
-    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
-    gram, product = x @ x.mT, torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
-    for _ in range(5):
-        step = torch.baddbmm(gram, gram, gram, beta=-4.775, alpha=2.0315)
-        step.diagonal(dim1=1, dim2=2).add_(3.4445)
-        gram, product = step @ gram @ step, step @ product
-    x = product @ x
-    return x.mT if tall else x
+    wide = [x.mT if x.shape[0] > x.shape[1] else x for x in matrices]
+    wide = [x / (x.norm() + 1e-7) for x in wide]
+    factors = [None] * len(wide)
+    for side in {len(x) for x in wide}:
+        same = [i for i, x in enumerate(wide) if len(x) == side]
+        gram = torch.stack([wide[i] @ wide[i].mT for i in same])  # (N, side, side)
+        product = torch.eye(side, dtype=gram.dtype, device=gram.device)
+        for _ in range(5):
+            step = torch.baddbmm(gram, gram, gram, beta=-4.775, alpha=2.0315)
+            step.diagonal(dim1=1, dim2=2).add_(3.4445)
+            gram, product = step @ gram @ step, step @ product
+        for i, polynomial in zip(same, product, strict=True):
+            factors[i] = polynomial @ wide[i]
+    pairs = zip(factors, matrices, strict=True)
+    return [f.mT if f.shape != x.shape else f for f, x in pairs]
 
 
 class Run:

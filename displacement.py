@@ -1,11 +1,12 @@
 """A Convexity Principle for Interacting Gases. McCann, Advances in Mathematics 128 (1997), 153-179
 
-Implements  by name, not by number; a name in brackets recurs on the line that computes it:
-            [displacement interpolation], [monotone rearrangement] (one dimension), [Gaussian map]
-            (Bures' formulas), [optimal assignment] (point clouds), [push-forward] (with the
-            Jacobian determinant), [internal energy], [external potential], [interaction energy],
-            [condition on A], [pressure], [convex potentials], [convexity principle], [ground
-            state], [norm concavity], [Brunn-Minkowski], [velocity] (the link to flow matching)
+Implements  Definition 1.1 (displacement interpolation), Example 1.7 (between Gaussians; Bures'
+            formulas). By name, where no number could be verified; it recurs on the line that
+            computes it: [monotone rearrangement] (one dimension), [optimal assignment] (point
+            clouds), [push-forward] (with the Jacobian determinant), [internal energy], [external
+            potential], [interaction energy], [condition on A], [pressure], [convex potentials],
+            [convexity principle], [ground state], [norm concavity], [Brunn-Minkowski], [velocity]
+            (the link to flow matching)
 Conventions t = 0 is rho_0, t = 1 is rho_1, both given; T = grad psi, psi convex, T_# rho_0 = rho_1.
             E = U + F + G: U = int A(rho) dx, F = int W drho, G = 1/2 iint V(x - y) drho drho (the
             abstract's potential energy); the 1/2 stands in G alone. Energies are in float64.
@@ -58,7 +59,7 @@ PRESETS = {}  # no data set changes a setting
 
 def interpolate(x_0, x_1, t):
     """Where what stood at x_0 and shall stand at x_1 = T(x_0) is at time t: rho_t's points."""
-    return (1 - t) * x_0 + t * x_1  # [displacement interpolation]: rho_t = [(1-t) id + tT]_# rho_0
+    return (1 - t) * x_0 + t * x_1  # Definition 1.1: rho_t = [(1-t) id + tT]_# rho_0
 
 
 def wasserstein_squared(x_0, x_1, mass):
@@ -134,7 +135,7 @@ def gaussian_map(S_0, S_1):
     W = root_1 @ Vh.T
     if W[:, ~kept].norm() > 1e-6 * W.norm():
         raise ValueError("S_1 has directions that S_0 lacks: no map carries one to the other")
-    return W[:, kept] / s[kept] @ W[:, kept].T  # [Gaussian map]
+    return W[:, kept] / s[kept] @ W[:, kept].T  # Example 1.7
 
 
 def gaussian_wasserstein_squared(m_0, S_0, m_1, S_1):
@@ -147,7 +148,7 @@ def gaussian_wasserstein_squared(m_0, S_0, m_1, S_1):
 def gaussian_interpolation(m_0, S_0, m_1, S_1, t):
     """m_t, S_t of the displacement interpolant, which is a Gaussian too."""
     B = interpolate(torch.eye(len(S_0), dtype=S_0.dtype), gaussian_map(S_0, S_1), t)
-    return interpolate(m_0, m_1, t), B @ S_0 @ B  # [displacement interpolation]
+    return interpolate(m_0, m_1, t), B @ S_0 @ B  # Definition 1.1
 
 
 def gaussian_velocity(m_0, S_0, m_1, S_1):

@@ -1,13 +1,13 @@
 """A Connection Between Score Matching and Denoising Autoencoders. Vincent, Neural Computation 23(7)
 (2011), 1661-1674
 
-Implements  by name, not by number; a name in brackets recurs on the line that computes it:
-            [J_ESMq], [J_ISMq] (explicit and implicit score matching), [J_ISMq0] (on a finite
-            sample), [J_ISMreg] (regularised, Kingma & LeCun 2010), [q_sigma] (Parzen density),
-            [J_ESMqsigma], [J_ISMqsigma] (against it), [J_DSMqsigma] (denoising score matching),
-            [J_DAEsigma] (denoising auto-encoder), [E(x; W, b, c)] (the energy whose score is the
-            auto-encoder's residual), [equivalences] (of the last five objectives), [ranking] by
-            the energy, [sampling] from it
+Implements  Eq. 2 (explicit and implicit score matching, J_ESMq and J_ISMq), Eq. 7 (J_ESMqsigma,
+            against the Parzen density), Eq. 9 (J_DSMqsigma, denoising score matching), Eq. 11 (the
+            last two agree), Sec. 4.3 (the energy whose score is an auto-encoder's residual), Eq. 15
+            (all agree; Sec. 5), as Technical Report 1358 numbers them, the preprint. By name, where
+            no number is known: [J_ISMq0] (on a finite sample), [J_ISMreg] (regularised, Kingma &
+            LeCun 2010), [q_sigma] (Parzen density), [J_ISMqsigma], [J_DAEsigma] (denoising
+            auto-encoder); [ranking] by the energy and [sampling] from it
 Conventions x is data, x_tilde = x + sigma z corrupted data, psi = grad log p = -grad E. Functions
             J_... return values per example, (..., D) -> (...); the paper's J are their means.
 Departures  1. The paper has no experiments: data sets, sizes and figures are this file's own.
@@ -70,13 +70,13 @@ PRESETS = dict.fromkeys(("glyphs", "mnist", "fashion_mnist", "cifar10", "folder"
 
 def J_ESM(psi, score, x):
     """Explicit score matching, x ~ q: 1/2 |psi(x) - score(x)|², the score being grad log q."""
-    return (psi(x) - score(x)).square().sum(-1) / 2  # [J_ESMq]
+    return (psi(x) - score(x)).square().sum(-1) / 2  # Eq. 2
 
 
 def J_ISM(psi, x):
     """Implicit score matching, x ~ q or a finite sample of it: no score, but second derivatives."""
     psi_x, slopes = derivatives(psi, x)
-    return psi_x.square().sum(-1) / 2 + slopes.sum(-1)  # [J_ISMq], [J_ISMq0]
+    return psi_x.square().sum(-1) / 2 + slopes.sum(-1)  # Eq. 2, [J_ISMq0]
 
 
 def J_ISMreg(psi, x, weight):
@@ -89,7 +89,7 @@ def J_ISMreg(psi, x, weight):
 def J_DSM(psi, x, x_tilde, sigma):
     """Denoising score matching, x_tilde ~ N(x, sigma² I): neither score nor second derivatives."""
     target = (x - x_tilde) / sigma**2  # grad log q_sigma(x_tilde | x)
-    return (psi(x_tilde) - target).square().sum(-1) / 2  # [J_DSMqsigma]
+    return (psi(x_tilde) - target).square().sum(-1) / 2  # Eq. 9
 
 
 def J_DAE(reconstruct, x, x_tilde):
@@ -119,7 +119,7 @@ def reconstruct(x, W, b, c):
 def energy(x, W, b, c, sigma):
     """The energy in nats whose score is the residual: -grad E = (reconstruct(x) - x) / sigma²."""
     hidden = F.softplus(x @ W.mT + b).sum(-1)
-    return -((c * x).sum(-1) - x.square().sum(-1) / 2 + hidden) / sigma**2  # [E(x; W, b, c)]
+    return -((c * x).sum(-1) - x.square().sum(-1) / 2 + hidden) / sigma**2  # Sec. 4.3
 
 
 def residual_score(reconstruct, sigma):
@@ -216,7 +216,7 @@ def equivalences(theta, data, sigma):
     objectives = {
         "J_ESM": J_ESM(psi, score, x_tilde),
         "J_ISM": J_ISM(psi, x_tilde) + C_1,
-        "J_DSM": J_DSM(psi, x, x_tilde, sigma) - C,
+        "J_DSM": J_DSM(psi, x, x_tilde, sigma) - C,  # Eq. 11
         "J_DAE": J_DAE(network, x, x_tilde) / (2 * sigma**4) - C,
     }
     values, gradients = {}, []
@@ -225,7 +225,7 @@ def equivalences(theta, data, sigma):
         values[name] = J.item()
         gradient = torch.autograd.grad(J, theta, retain_graph=True)
         gradients.append(torch.cat([g.flatten() for g in gradient]))
-    apart = (torch.stack(gradients) - gradients[0]).norm(dim=1).max()  # [equivalences]
+    apart = (torch.stack(gradients) - gradients[0]).norm(dim=1).max()  # Sec. 5, Eq. 15
     return values, (apart / gradients[0].norm()).item()
 
 
@@ -279,7 +279,7 @@ def loss_of(name, net, x, x_tilde, sigma, data=None):
     if name == "dsm":
         return weight * J_DSM(psi, x, x_tilde, sigma)
     if name == "esm":
-        return weight * J_ESM(psi, parzen_score(data, sigma), x_tilde)  # [J_ESMqsigma]
+        return weight * J_ESM(psi, parzen_score(data, sigma), x_tilde)  # Eq. 7
     if name == "ism":
         return weight * J_ISM(psi, x_tilde)  # [J_ISMqsigma]
     return weight * J_ISMreg(psi, x.expand_as(x_tilde), weight / 2)  # Departure 5
@@ -323,7 +323,7 @@ def evaluate_vectors(cfg, run, data, sigmas):
         score = parzen_score(examples, sigma)
         x_tilde = corrupted(examples, 5_000, sigma)
         exact = by_parts(score, x_tilde)
-        J = J_ESM(psi, lambda _, exact=exact: exact, x_tilde).mean()  # [J_ESMqsigma]
+        J = J_ESM(psi, lambda _, exact=exact: exact, x_tilde).mean()  # Eq. 7
         log_q = by_parts(lambda x, s=sigma: parzen_log_prob(x, examples, s), points).log_softmax(0)
         log_p = (-energy(points, *net.theta(k), sigma)).log_softmax(0)  # normalised on the grid
         chains = samples[k, :5_000]

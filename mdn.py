@@ -1,10 +1,10 @@
 """Mixture Density Networks. Bishop, Neural Computing Research Group report NCRG/94/004, Aston, 1994
 
-Implements  Eq. 22, Eq. 23 (mixture of Gaussian kernels); Eq. 25, Eq. 26, Eq. 27 (its parameters from
-            the outputs); Eq. 29 (error function); Eq. 30 (posteriors); Eq. 35, Eq. 38, Eq. 39 (the
-            error's derivatives); Eq. 45, Eq. 46, Eq. 47 (mean, variance); Eq. 48 (the highest
-            component); Eq. 49 (the most probable one); Sec. 3 (mode, BFGS); Eq. 51 (sum of
-            squares); Eq. 55 (inverse problem, Sec. 5); Eq. 56, Eq. 57 (robot arm); Table 1
+Implements  Eq. 22, Eq. 23 (mixture of Gaussian kernels); Eq. 25, Eq. 26, Eq. 27 (its parameters);
+            Eq. 29 (error function); Eq. 30 (posteriors); Eq. 35, Eq. 38, Eq. 39 (the error's
+            derivatives); Eq. 45, Eq. 46, Eq. 47 (mean, variance); Eq. 48 (the highest component);
+            Eq. 49 (the most probable one); Sec. 3 (mode, BFGS); Eq. 51 (sum of squares); Eq. 55
+            (inverse problem, Sec. 5); Eq. 56, Eq. 57 (robot arm, Sec. 6); Table 1
 Conventions t is the target, (B, c); x the input, (B, d); z the network's outputs, (B, (c + 2) K).
             Errors and likelihoods are in nats per case. Everything is float64.
 Departures  1. The error is a mean over the cases, not a sum. Where in the paper's BFGS lies a line
@@ -13,9 +13,9 @@ Departures  1. The error is a mean over the cases, not a sum. Where in the paper
                their likelihood has no bound. --sigma-min 1e-9 is the paper's sigma = exp(z).
             3. Starting weights and a weight decay of 1e-7, which keeps a unit from becoming a step
                between two cases, are ours: the centres start at K of the targets.
-            4. Eq. 47 is printed with sigma_i² where Eq. 46, a sum over c dimensions, has c sigma_i².
-            5. The robot's networks are those after the last cycle; the paper keeps the best of every
-               tenth by its test set's error. Our test sets have 10,000 cases.
+            4. Eq. 47 is printed with sigma_i², but Eq. 46, a sum over c dimensions, has c sigma_i².
+            5. The robot's networks are those after the last cycle; the paper keeps, of every tenth,
+               the best by its test set's error. Our test sets have 10,000 cases, not 1,000.
 Run         python mdn.py                                     12 CPU-s: NLL -1.094, limit -1.282
             python mdn.py --dataset robot                     22 CPU-s: RMS of the hand .0034,
                                                               least squares .0537 (16 times)

@@ -383,7 +383,8 @@ def test_every_item_of_the_card_is_tagged_in_the_code(script):
     source = (ROOT / f"{script}.py").read_text()
     _, card, code = source.split('"""', 2)
     implements = card[card.index("Implements") : card.index("Conventions")]
-    numbered = r"(?:Eq|Alg|App|Sec|Thm|Prop|Theorem|Table|Fig)\.? (?:[A-Z]\.)?[\dA-Z][\d.]*"
+    kinds = "Eq|Alg|App|Sec|Thm|Prop|Theorem|Definition|Example|Table|Fig"
+    numbered = rf"(?:{kinds})\.? (?:[A-Z]\.)?[\dA-Z][\d.]*"
     named = r"\[[A-Za-z][^\]]*\]"  # a result's name, where the paper's numbers cannot be verified
     items = re.findall(f"{numbered}|{named}", " ".join(implements.split()))
     assert len(items) >= 8

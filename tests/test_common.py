@@ -607,19 +607,22 @@ def test_resume_is_exact(tmp_path):
     assert torch.equal(whole["rng"][0]["cpu"], rest["rng"][0]["cpu"])
 
 
-@pytest.mark.parametrize("shape", [(3, 16, 72), (2, 40, 24), (1, 8, 8)])
-def test_orthogonal_factor(shape):
+def test_orthogonal_factors():
     """Singular values come near one, singular vectors stay: the iteration is odd in the matrix."""
     torch.manual_seed(0)
-    u, _, v = torch.linalg.svd(torch.randn(shape, dtype=torch.float64), full_matrices=False)
-    sizes = torch.linspace(0.2, 1, u.shape[2], dtype=torch.float64)
-    factor = common.orthogonal_factor(u * sizes @ v)
-    inside = u.mT @ factor @ v.mT
-    diagonal = inside.diagonal(dim1=1, dim2=2)
-    # five steps reach about [0.68, 1.13] from any value above 0.01 of the norm (Jordan et al.)
-    assert ((diagonal > 0.65) & (diagonal < 1.25)).all()
-    assert_close(inside, torch.diag_embed(diagonal), rtol=0, atol=1e-12)
-    assert_close(common.orthogonal_factor(-3 * u * sizes @ v), -factor, rtol=1e-6, atol=1e-6)
+    shapes = [(16, 72), (40, 24), (8, 8), (24, 16), (24, 40)]  # some share their shorter side
+    svds = [torch.linalg.svd(torch.randn(s, dtype=torch.float64), False) for s in shapes]
+    spread = [torch.linspace(0.2, 1, len(s), dtype=torch.float64) for _, s, _ in svds]
+    matrices = [u * sizes @ v for (u, _, v), sizes in zip(svds, spread, strict=True)]
+    factors = common.orthogonal_factors(matrices)
+    turned = common.orthogonal_factors([-3 * x for x in matrices])
+    for (u, _, v), factor, other in zip(svds, factors, turned, strict=True):
+        inside = u.mT @ factor @ v.mT
+        diagonal = inside.diagonal()
+        # five steps reach about [0.68, 1.13] from any value above 0.01 of the norm (Jordan et al.)
+        assert ((diagonal > 0.65) & (diagonal < 1.25)).all()
+        assert_close(inside, torch.diag(diagonal), rtol=0, atol=1e-12)
+        assert_close(other, -factor, rtol=1e-6, atol=1e-6)
 
 
 def test_muon_moves_kernels_along_the_orthogonal_factor_and_the_rest_like_adam():
@@ -639,8 +642,9 @@ def test_muon_moves_kernels_along_the_orthogonal_factor_and_the_rest_like_adam()
         muon.step()
         adam.step()
         momentum = 0.95 * momentum + gradient
-        direction = (gradient + 0.95 * momentum).flatten(1)[None]
-        wanted = before - 0.1 * common.orthogonal_factor(direction)[0].view_as(before)
+        direction = (gradient + 0.95 * momentum).flatten(1)
+        (factor,) = common.orthogonal_factors([direction])
+        wanted = before - 0.1 * factor.view_as(before)
         assert_close(net[0].weight, wanted)
         if step == 1:  # and its state survives
             state = copy.deepcopy(muon.state_dict())
