@@ -17,6 +17,7 @@ import types
 import warnings
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 import torchvision
@@ -539,6 +540,28 @@ class Swapped(nn.Module):
         return self.net(t, x)
 
 
+def make_judge(data):
+    torch.manual_seed(0)
+    judge = Judge(data)
+    print(f"the judge is right on {judge.accuracy:.2%} of the test set", flush=True)
+    return judge
+
+
+def judge_row(samples, data_dir):
+    """Any script's samples.npz of MNIST, beside as many images of the training and test set."""
+    x = torch.from_numpy(np.load(samples)["arr_0"]).permute(0, 3, 1, 2)
+    cfg = common.Config(dataset="mnist", data_dir=data_dir)
+    data = common.load_data(cfg)
+    judge, n = make_judge(data), min(len(x), 10_000)
+    for name, images in {
+        "samples": x,
+        "training images": data.train,
+        "test images": data.test,
+    }.items():
+        distance, certain = judge.distance(common.to_float(images[:n]))
+        print(f"{n} {name}: distance {distance:.1f}, {certain:.1%} certain")
+
+
 def quality_rows(minutes, data_dir, folder):
     """MNIST after equal CPU time: flow_matching.py's preset, a plain U-Net, torchcfm's example."""
     seconds = 60 * minutes
@@ -571,11 +594,8 @@ def quality_rows(minutes, data_dir, folder):
         return plain_loop(Swapped(net), data, seconds, 128, optimizer, decay=False)
 
     data = common.load_data(settings("data", "1"))
-    torch.manual_seed(0)
-    judge = Judge(data)
-    n = 500
+    judge, n = make_judge(data), 500
     floor, certain = judge.distance(common.to_float(data.train[:n]))
-    print(f"the judge is right on {judge.accuracy:.2%} of the test set", flush=True)
     print(f"{n} training images: distance {floor:.1f}, {certain:.0%} certain", flush=True)
     for name, contender in {"ours": ours, "plain": plain, "torchcfm": torchcfm}.items():
         torch.manual_seed(0)
@@ -609,6 +629,7 @@ def main():
     parser.add_argument("--rows", choices=kinds)
     about = "of training for each of the quality rows, which only --rows quality shows"
     parser.add_argument("--minutes", type=float, default=10.0, help=f"CPU-minutes {about} [10]")
+    parser.add_argument("--judge", help="a samples.npz of MNIST to judge, and nothing else")
     parser.add_argument("--data-dir", default="data", help="where MNIST lies for them [data]")
     parser.add_argument("--out", default="runs/quality", help="where they write [runs/quality]")
     arguments = parser.parse_args()
@@ -624,6 +645,9 @@ def main():
         "d3pm": d3pm_rows,
         "straight": straight_rows,
     }
+    if arguments.judge:
+        judge_row(arguments.judge, arguments.data_dir)
+        return
     if arguments.rows == "quality":
         quality_rows(arguments.minutes, arguments.data_dir, arguments.out)
         return
