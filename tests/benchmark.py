@@ -1,15 +1,14 @@
 """Speed beside public implementations, in one run: python tests/benchmark.py [--gpu] [--rows unet]
 
 Peers are used where installed: pip install torchcfm diffusers torchdiffeq. Every contender of a row
-runs in turn, round after round, and the row shows medians over the rounds, so that a drift of the
-machine's speed meets all alike. Not collected by pytest.
+runs in turn, round after round, so that a drift of the machine's speed meets all alike, and the row
+shows the least time of each: the rest is other programs'. Not collected by pytest.
 """
 
 import argparse
 import copy
 import functools
 import itertools
-import statistics
 import sys
 import tempfile
 import time
@@ -42,7 +41,7 @@ PRESETS = {  # image channels, side, U-Net: base channels, multiples, blocks, at
 
 
 def interleaved(contenders, rounds):
-    """Median seconds of each function, taken in turn; one round of warm-up."""
+    """The least seconds of each function, taken in turn; one round of warm-up."""
     seconds = {name: [] for name in contenders}
     for i in range(rounds + 1):
         for name, work in contenders.items():
@@ -52,7 +51,7 @@ def interleaved(contenders, rounds):
             synchronize()
             if i:
                 seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in seconds.items()}
+    return {name: min(values) for name, values in seconds.items()}
 
 
 def synchronize():
@@ -145,7 +144,7 @@ def unet_rows(device):
 
             return step
 
-        rounds = 7 if name == "MNIST" else 3
+        rounds = 15 if name == "MNIST" else 5
         steps = {key: training(net) for key, net in nets.items()}
         row(f"{name}, training, batch {batch}", interleaved(steps, rounds), "images/s", batch)
         steps = {key: sampling(net) for key, net in nets.items()}
