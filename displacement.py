@@ -1,12 +1,11 @@
 """A Convexity Principle for Interacting Gases. McCann, Advances in Mathematics 128 (1997), 153-179
 
 Implements  Definition 1.1 (displacement interpolation), Example 1.7 (between Gaussians; Bures'
-            formulas). By name, where no number could be verified; it recurs on the line that
-            computes it: [monotone rearrangement] (one dimension), [optimal assignment] (point
+            formulas); as the paper's abstract states them, p. 153: [pressure], [convexity
+            principle], [ground state], [norm concavity], [Brunn-Minkowski]. By name, where no place
+            could be verified: [monotone rearrangement] (one dimension), [optimal assignment] (point
             clouds), [push-forward] (with the Jacobian determinant), [internal energy], [external
-            potential], [interaction energy], [condition on A], [pressure], [convex potentials],
-            [convexity principle], [ground state], [norm concavity], [Brunn-Minkowski], [velocity]
-            (the link to flow matching)
+            potential], [interaction energy], [condition on A], [convex potentials], [velocity]
 Conventions t = 0 is rho_0, t = 1 is rho_1, both given; T = grad psi, psi convex, T_# rho_0 = rho_1.
             E = U + F + G: U = int A(rho) dx, F = int W drho, G = 1/2 iint V(x - y) drho drho (the
             abstract's potential energy); the 1/2 stands in G alone. Energies are in float64.
@@ -260,7 +259,7 @@ def interaction(x, mass, V):
 
 def pressure(A, rho):
     """P(rho) = rho A'(rho) - A(rho), (n,) -> (n,)."""
-    return rho * torch.func.vmap(torch.func.grad(A))(rho) - A(rho)  # [pressure]
+    return rho * torch.func.vmap(torch.func.grad(A))(rho) - A(rho)  # p. 153, [pressure]
 
 
 def condition_on_A(A, d):
@@ -290,12 +289,12 @@ def is_convex(V, d):
 
 def second_derivative(energy, times):
     """Of an energy (T,) at equally spaced times, by differences, (T - 2,)."""
-    return energy.diff(n=2) / (times[1] - times[0]) ** 2  # >= 0: the [convexity principle]
+    return energy.diff(n=2) / (times[1] - times[0]) ** 2  # >= 0: p. 153, the [convexity principle]
 
 
 def norm_power(integral, q, d):
     """||rho||_q^(-p/d), 1/p + 1/q = 1, from int rho^q; concave along rho_t for q >= (d-1)/d."""
-    return integral ** (1 / (d * (1 - q)))  # [norm concavity]
+    return integral ** (1 / (d * (1 - q)))  # p. 153, [norm concavity]
 
 
 def gaussian_internal(S, q):
@@ -325,7 +324,7 @@ def minkowski(K, L, t):
 def brunn_minkowski_excess(K, L, t):
     """|(1-t)K + tL|^½ - (1-t)|K|^½ - t|L|^½ of convex polygons: never below 0."""
     roots = area(K).sqrt(), area(L).sqrt()
-    return area(minkowski(K, L, t)).sqrt() - interpolate(*roots, t)  # [Brunn-Minkowski]
+    return area(minkowski(K, L, t)).sqrt() - interpolate(*roots, t)  # p. 153, [Brunn-Minkowski]
 
 
 # ---- The ground state of an interacting gas -----------------------------------------------------
@@ -357,7 +356,7 @@ def ground_state(x, q):
     beta = math.sqrt(math.pi) * math.gamma(k + 1) / math.gamma(k + 1.5)  # int (1 - x²)^k dx
     height = ((q - 1) / (2 * q)) ** k
     radius = (height * beta) ** (-1 / (2 * k + 1))  # so that the mass is 1
-    rho = height * (radius**2 - x**2).clamp(min=0) ** k  # [ground state]
+    rho = height * (radius**2 - x**2).clamp(min=0) ** k  # p. 153, [ground state]
     U = radius**2 / (3 * q - 1)  # int rho^q / (q - 1)
     return rho, U * (q + 1) / 2  # G = (q - 1) U / 2, as dilations leave E at rest
 

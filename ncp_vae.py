@@ -231,7 +231,8 @@ def by_langevin(log_r, steps, step, temperature=1.0):
 
     def draw(p, context):
         def log_p_ncp(z):
-            return p.log_prob(z) + log_r(join(context, z))  # [noise contrastive prior], times Z
+            log_p = p.log_prob(z) + log_r(join(context, z))
+            return log_p  # of the [noise contrastive prior], Fig. 1, times Z
 
         return langevin(log_p_ncp, p.sample(temperature=temperature), steps, step)
 

@@ -600,14 +600,21 @@ def evaluate_classify(runs, data):
     for tol, h, forward, backward in rows[1:]:
         error = (h - rows[0][1]).square().mean().sqrt().item()
         run.say(f"{tol:9g}{error:16.2e}{forward:23d}{backward:12d}")
-        points.append([forward, math.log10(error + 1e-12)])
-    axes, box = ("evaluations forwards (Fig. 3a)", "log10 error of h(1)"), (0, 80, -6, 0)
-    line = ("line", torch.tensor(points), "#3b6fd4", 2)
-    panels = [("", common.chart([line], box, (256, 200), axes))]
-    for i in wrong[:5]:
-        image = F.interpolate(data.test[i : i + 1].cpu(), size=(160, 160))[0].expand(3, -1, -1)
-        panels.append((f"{data.test_labels[i].item()} read as {guesses[i].item()}", image))
-    common.save_panels(run.folder / "samples.png", panels)
+        points.append([forward, math.log10(error + 1e-12), backward])
+    forward, error, backward = torch.tensor(points).T
+    charts, digits, most = [], [], 1.2 * forward.max().item()
+    for name, y, box in (
+        ("log10 error of h(1) (Fig. 3a)", error, (0, most, error.min() - 0.5, error.max() + 0.5)),
+        ("evaluations backwards (Fig. 3c)", backward, (0, most, 0, most)),
+    ):
+        at, colour = torch.stack([forward, y], dim=1), "#3b6fd4"
+        shapes = [("line", at, colour, 2), ("dots", at, colour, 4)]
+        axes = ("evaluations forwards", name)
+        charts.append(("", common.chart(shapes, tuple(map(float, box)), (380, 220), axes)))
+    for i in wrong[:6]:
+        image = F.interpolate(data.test[i : i + 1].cpu(), size=(140, 140))[0].expand(3, -1, -1)
+        digits.append((f"{data.test_labels[i].item()} read as {guesses[i].item()}", image))
+    common.save_panels(run.folder / "samples.png", charts, *([digits] if digits else []))
 
 
 def one_pass(net, x, y):

@@ -166,7 +166,8 @@ def ode_rows(device):
     try:
         import torchdiffeq
     except ImportError:
-        torchdiffeq = print("torchdiffeq is not installed")
+        print("torchdiffeq is not installed")
+        torchdiffeq = None
     fields = {"swirl": (swirl, 256), "eight points": (mixture, 2048), "network": (small, 2048)}
     for (title, (f, n)), tol in itertools.product(fields.items(), (1e-3, 1e-5)):
         x = torch.randn(n, 2, device=device)
@@ -552,11 +553,8 @@ def judge_row(samples, data_dir):
     cfg = common.Config(dataset="mnist", data_dir=data_dir)
     data = common.load_data(cfg)
     judge, n = make_judge(data), min(len(x), 10_000)
-    for name, images in {
-        "samples": x,
-        "training images": data.train,
-        "test images": data.test,
-    }.items():
+    sets = {"samples": x, "training images": data.train, "test images": data.test}
+    for name, images in sets.items():
         distance, certain = judge.distance(common.to_float(images[:n]))
         print(f"{n} {name}: distance {distance:.1f}, {certain:.1%} certain")
 
