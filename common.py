@@ -514,11 +514,15 @@ def bcast(t, x):
     return t.reshape(t.shape + (1,) * (x.ndim - t.ndim))
 
 
-def time_embedding(t, dim):
-    """Sinusoids of 1000 t, (B,) -> (B, dim): periods from 2 pi / 1000 to 20 pi, so t in [0, 1]."""
+def time_embedding(t, dim, frequency=1000):
+    """Sinusoids of t in [0, 1], (B,) -> (B, dim): from `frequency` radians a unit down to 0.1.
+
+    A thousand tells a thousand steps apart; a field that is smooth in t is better learned, and
+    solved in fewer evaluations, with tens.
+    """
     half = math.ceil(dim / 2)
     steps = torch.arange(half, device=t.device, dtype=t.dtype) / half
-    angle = t[:, None] * (1000 * torch.exp(-math.log(10_000) * steps))
+    angle = t[:, None] * (frequency * torch.exp(-math.log(10 * frequency) * steps))
     return torch.cat([angle.cos(), angle.sin()], dim=1)[:, :dim]
 
 
@@ -559,6 +563,7 @@ class UNet(nn.Module):
         channels, mult, blocks: level i has channels * mult[i] channels and `blocks` blocks;
             each level halves the resolution of the one before.
         attention: the sides, of images with side `size`, at which levels get attention.
+        frequency: the fastest of the embedding of t: see `time_embedding`.
         attend: (channels, heads) -> a module f(h, context) to stand where attention would; forward
             hands it its `context`.
         patch: all this sees patches of patch x patch pixels as channels, and sides count patches;
@@ -579,9 +584,10 @@ class UNet(nn.Module):
         num_classes=0,
         attend=None,
         patch=1,
+        frequency=1000,
     ):
         super().__init__()
-        self.channels, self.patch = channels, patch
+        self.channels, self.patch, self.frequency = channels, patch, frequency
         emb = 4 * channels
         self.time = nn.Sequential(nn.Linear(channels, emb), nn.SiLU(), nn.Linear(emb, emb))
         self.label = nn.Embedding(num_classes, emb) if num_classes else None
@@ -628,7 +634,7 @@ class UNet(nn.Module):
         self.output = nn.Sequential(group_norm(width), nn.SiLU(), out)
 
     def forward(self, x, t, y=None, context=None):
-        emb = self.time(time_embedding(t, self.channels))
+        emb = self.time(time_embedding(t, self.channels, self.frequency))
         if y is not None:
             emb = emb + self.label(y)
         emb = F.silu(emb)  # (B, 4 channels)
@@ -658,14 +664,14 @@ SMALL_UNET = {  # for small images in minutes of a CPU; see "Small networks" in 
     "patch": 2,
     "batch_size": 32,
     "optimizer": "muon",
-    "lr": 2e-3,
+    "lr": 1e-3,
     "beta_2": 0.99,
     "decay": "linear",
     "amp": "auto",
 }
 
 
-def network(cfg, data, in_channels=None):
+def network(cfg, data, in_channels=None, frequency=30):
     """The MLP or the U-Net for the data, shaped by cfg's width, blocks, mult, attention, patch."""
     if any(side % cfg.patch for side in data.shape[1:] or (1,)):
         raise UserError(f"--patch {cfg.patch} does not divide examples of the shape {data.shape}")
@@ -673,7 +679,8 @@ def network(cfg, data, in_channels=None):
         return MLP(data.shape[0], width=cfg.width, blocks=cfg.blocks)
     c, side, _ = data.shape
     shape = cfg.width, cfg.mult, cfg.blocks, cfg.attention or ()
-    return UNet(in_channels or c, c, side, *shape, dropout=cfg.dropout, patch=cfg.patch)
+    options = {"dropout": cfg.dropout, "patch": cfg.patch, "frequency": frequency}
+    return UNet(in_channels or c, c, side, *shape, **options)
 
 
 def group_norm(channels):

@@ -9,6 +9,7 @@ import math
 import os
 import signal
 import time
+import types
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -408,6 +409,28 @@ def test_time_embedding_tells_times_apart():
     assert (emb.std(0) > 0.02).sum() >= 60  # unscaled t would leave most channels constant
     assert (common.time_embedding(torch.linspace(0, 1, 101) / 1000, 64).std(0) > 0.02).sum() < 30
     assert torch.cdist(emb, emb).add(torch.eye(101) * 9).min() > 0.1
+
+
+@pytest.mark.parametrize("frequency", [30, 1000])
+def test_time_embedding_has_the_frequencies_it_says(frequency):
+    zero, one = torch.zeros(1, dtype=torch.float64), torch.ones(1, dtype=torch.float64)
+    embed = functools.partial(common.time_embedding, dim=64, frequency=frequency)
+    _, slope = torch.func.jvp(embed, (zero,), (one,))  # of cos wt and sin wt at 0: 0 and w
+    assert (slope[0, :32] == 0).all()
+    powers = torch.linspace(0, 1, 33, dtype=torch.float64)[:-1]
+    expected = frequency ** (1 - powers) * 0.1**powers  # geometric from `frequency` to 0.1
+    assert_close(slope[0, 32:], expected)
+
+
+def test_networks_of_a_continuous_time_are_smooth_in_it():
+    """From t to t + 0.01 the fastest wave of the embedding turns by 0.3 radians, not by ten."""
+    data = types.SimpleNamespace(shape=(1, 8, 8), is_image=True)
+    cfg = types.SimpleNamespace(width=8, mult=(1,), blocks=1, attention=None, dropout=0.0, patch=1)
+    net = common.network(cfg, data)
+    t = torch.tensor([0.5, 0.51])
+    near = common.time_embedding(t, 8, net.frequency).diff(dim=0).norm()
+    far = common.time_embedding(t, 8).diff(dim=0).norm()
+    assert near < 0.35 < 1 < far
 
 
 @pytest.mark.parametrize(("size", "mult"), [(28, (1, 2, 2)), (32, (1, 2)), (20, (1, 1, 2, 2))])
