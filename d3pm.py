@@ -18,7 +18,7 @@ Departures  1. Eq. 4 holds at t = 1 too, where the official code takes the netwo
             5. More exponents than App. A.7's, interpolated linearly in their log, not by a cubic.
             6. The transformer has depthwise convolutions, as a plain one learns context slowly, and
                heads of 32 channels. Embeddings for Eq. 9 are the text's bigrams, not pre-trained.
-Run         python d3pm.py                     18.25 ± 0.09 bits a sentence, entropy 18; 67 s
+Run         python d3pm.py                     18.25 ± 0.09 bits a sentence, entropy 18; 51 s
             python d3pm.py --dataset FILE.txt  tinyshakespeare: 2.853 ± 0.015 bits a letter; 11 min
             python d3pm.py --dataset mnist     digits of 8 grey levels
             python d3pm.py --compare           family, loss, bits

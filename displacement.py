@@ -14,7 +14,7 @@ Departures  1. A theory paper: every example here is ours. The gas has V = |x|²
             2. The external potential W and descent in Wasserstein space are later literature's.
             3. Along mixtures U is convex too, as the condition makes A convex; F is linear. It is
                G whose convexity fails there, and the concavity of the norm.
-Run         python displacement.py         20 s; convex where the paper says so, to rounding errors;
+Run         python displacement.py         10 s; convex where the paper says so, to rounding errors;
               ten gases end at W2 0.042 (A = rho log rho) and 0.004 (rho^2) from the closed form
             python displacement.py --source moons --dataset rings --batch-size 2048
             python displacement.py --num-samples 4096 --time 0.5       points of rho_1/2
