@@ -89,13 +89,14 @@ class Config:
 
 
 def cli(main, config_class, presets):
-    """Run `main(cfg)` on the command line's settings; a UserError ends as one line, exit code 2."""
+    """Run `main(cfg)` on the command line's settings. What the user can mend, be it a flag, a disk
+    or too little memory, ends as one line and exit code 2."""
     try:
         main(parse(config_class, presets))
-    except (UserError, RuntimeError, MemoryError) as error:
+    except (UserError, OSError, RuntimeError, MemoryError) as error:
         line = " ".join(str(error).split())
-        no_memory = isinstance(error, (MemoryError, torch.OutOfMemoryError))
-        if not (isinstance(error, UserError) or no_memory or "allocate memory" in line):
+        mendable = isinstance(error, (UserError, OSError, MemoryError, torch.OutOfMemoryError))
+        if not (mendable or "allocate memory" in line or "calculation overflowed" in line):
             raise
         print(f"{Path(sys.argv[0]).name}: error: {line}", file=sys.stderr)
         raise SystemExit(2) from None
@@ -210,10 +211,10 @@ def _default_out(cfg, occupied=False):
     return str(runs[max(runs)])
 
 
-def load_checkpoint(path, script, device="cpu", mmap=False):
+def load_checkpoint(path, script, mmap=False):
     """The dict that Run.save wrote, or a UserError that says why it cannot be used by `script`."""
     try:
-        state = torch.load(path, map_location=device, weights_only=True, mmap=mmap)
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except FileNotFoundError:
         raise UserError(f"there is no checkpoint at {path}") from None
     except Exception as error:
@@ -282,8 +283,6 @@ def mirrored(x, generator=None):
 def load_data(cfg, device="cpu"):
     """The data set that cfg names, on `device`. Raises UserError if it cannot be had."""
     name = cfg.dataset
-    if world_size() > 1 and rank() > 0:  # rank 0 downloads first
-        dist.barrier()
     if name in DENSITIES:
         seeds = [torch.Generator().manual_seed(seed) for seed in (0, 1)]
         splits = [DENSITIES[name](n, g) for n, g in zip((1_000_000, 100_000), seeds, strict=True)]
@@ -292,14 +291,16 @@ def load_data(cfg, device="cpu"):
     elif name == "glyphs":
         splits = [glyphs(60_000, seed=0), glyphs(10_000, seed=1)]
     elif name in ("mnist", "fashion_mnist", "cifar10"):
+        if rank() > 0:  # rank 0 downloads first
+            dist.barrier()
         splits = _torchvision_splits(name, Path(cfg.data_dir))
+        if world_size() > 1 and rank() == 0:
+            dist.barrier()
     elif Path(name).is_dir():
         splits = _folder_splits(Path(name), cfg.image_size or 32)
     else:
         known = ", ".join([*DENSITIES, "glyphs", "mnist", "fashion_mnist", "cifar10"])
         raise UserError(f"unknown data set {name!r}: give one of {known}, or a folder of images")
-    if world_size() > 1 and rank() == 0:
-        dist.barrier()
     if cfg.image_size and splits[0][0].shape[-1] != cfg.image_size:
         size = [cfg.image_size, cfg.image_size]
         splits = [(F.interpolate(x, size, mode="bilinear", antialias=True), y) for x, y in splits]
@@ -366,7 +367,7 @@ def rings(n, g):
     return _polar(radius, 2 * math.pi * torch.rand(n, generator=g)), ring
 
 
-# All lie within [-3, 3]², with a standard deviation of about 1.
+# All but stragglers lie within [-3, 3]², with a standard deviation of about 1.
 DRAWS = (checkerboard, moons, eight_gaussians, pinwheel, two_spirals, swiss_roll, rings)
 DENSITIES = {draw.__name__: draw for draw in DRAWS}
 ENTROPIES = {
@@ -498,7 +499,8 @@ def _folder_splits(root, size):
     for i, path in enumerate(tqdm(paths, "decoding", disable=rank() > 0, leave=False)):
         try:
             with Image.open(path) as image:
-                x[i] = ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.LANCZOS)
+                image = ImageOps.exif_transpose(image).convert("RGB")  # upright
+                x[i] = ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)
         except Exception as error:
             raise UserError(f"cannot read the image {path}: {error}; mend or remove it") from None
     x = torch.from_numpy(x).permute(0, 3, 1, 2).contiguous()
@@ -664,7 +666,7 @@ SMALL_UNET = {  # for small images in minutes of a CPU; see "Small networks" in 
     "patch": 2,
     "batch_size": 32,
     "optimizer": "muon",
-    "lr": 1e-3,
+    "lr": 2e-3,
     "beta_2": 0.99,
     "decay": "linear",
     "amp": "auto",
@@ -1050,10 +1052,8 @@ def setup(cfg):
         kinds = {"cuda": torch.cuda, "mps": torch.backends.mps}
         name = next((kind for kind, module in kinds.items() if module.is_available()), "cpu")
     launched = "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", 1)) > 1
-    if launched and not dist.is_initialized():
-        if name == "cuda":
-            name = f"cuda:{os.environ['LOCAL_RANK']}"
-        dist.init_process_group("nccl" if name.startswith("cuda") else "gloo")
+    if launched and name == "cuda":
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         device = torch.device(name)
         torch.zeros(1, device=device).item()
@@ -1061,6 +1061,8 @@ def setup(cfg):
         raise UserError(f"--device {name} is not to be had here: use auto or cpu") from None
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)
+    if launched and not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     torch.set_float32_matmul_precision("high")  # TF32 where there is any
     torch.manual_seed(cfg.seed + rank())  # each process its own stream of data and noise
     return device
@@ -1185,7 +1187,8 @@ class Run:
             yield data.batch(self.cfg.batch_size // world_size())
 
     def steps(self):
-        """The numbers of the steps up to cfg.steps. SIGINT or SIGTERM saves and exits."""
+        """The numbers of the steps up to cfg.steps. SIGINT or SIGTERM saves and exits: after the
+        step, or in a distributed run after the next one that is logged."""
         self.net.train()
         started_at = self.done
         self._saved_at = self._logged_at = time.monotonic()
@@ -1321,7 +1324,7 @@ class Run:
             raise UserError(f"cannot write {self.file}, {kept}: {error}") from None
 
     def _load(self, path):
-        state = load_checkpoint(path, self.cfg.script, self.device)
+        state = load_checkpoint(path, self.cfg.script)
         try:
             self.net.load_state_dict(state["model"])
             self.ema.load_state_dict(state["ema"])
@@ -1332,12 +1335,22 @@ class Run:
         self.done = state["step"]
         if self.cfg.sample:
             return
-        self.optimizer.load_state_dict(state["optimizer"])
-        if len(state["rng"]) == world_size():  # else a new stream of noise
+        groups = self.optimizer.param_groups
+        options = [{k: v for k, v in group.items() if k != "params"} for group in groups]
+        try:
+            self.optimizer.load_state_dict(state["optimizer"])
+        except ValueError:
+            raise UserError(f"{path} is of another optimizer: leave out --optimizer") from None
+        for group, own in zip(self.optimizer.param_groups, options, strict=True):
+            group.update(own)  # the flags of this command, not the saved ones
+        if len(state["rng"]) == world_size():
             rng = state["rng"][rank()]
-            torch.set_rng_state(rng["cpu"].cpu())
+            torch.set_rng_state(rng["cpu"])
             if "device" in rng and self.device.type in ("cuda", "mps"):
-                getattr(torch, self.device.type).set_rng_state(rng["device"].cpu())
+                getattr(torch, self.device.type).set_rng_state(rng["device"])
+        else:  # as many streams as there are processes now
+            stream = f"seed {self.cfg.seed}, process {rank()}, step {self.done}"
+            torch.manual_seed(zlib.crc32(stream.encode()))
 
     def _open_folder(self):
         """Make the folder, write config.json, drop the metrics that this run will write again."""
@@ -1378,7 +1391,8 @@ class Run:
         drawn: the same command with the same --out goes on where it was interrupted.
         """
         total, size = self.cfg.num_samples, self.cfg.batch_size
-        settings = dataclasses.asdict(self.cfg) | {"out": None, "done": self.done}
+        own = {"out": None, "resume": False, "done": self.done}
+        settings = dataclasses.asdict(self.cfg) | own
         parts = self.folder / f"samples-{zlib.crc32(json.dumps(settings).encode()):08x}"
         parts.mkdir(exist_ok=True)
         files = [parts / f"{i}.npy" for i in range(0, total, size)]

@@ -78,7 +78,7 @@ class Config(common.Config):
 
 # fmt: off
 SMALL_IMAGES = common.SMALL_UNET | {  # minutes on two cores
-    "steps": 2_400, "lr": 2e-3, "teacher_steps": 6_000, "teacher_lr": 1e-3, "sigma_data": 0.5,
+    "steps": 2_400, "teacher_steps": 6_000, "teacher_lr": 1e-3, "sigma_data": 0.5,
     "P_mean": 0.0, "examples": 500,
 }
 PRESETS = dict.fromkeys(("glyphs", "mnist", "fashion_mnist", "folder"), SMALL_IMAGES) | {

@@ -325,9 +325,9 @@ def train(cfg, run, data, path):
     """Regress v_t(psi_t(x_0)) on d psi_t(x_0) / dt: Sec. 3.2 and Sec. 4."""
     loss_of = LOSSES[cfg.objective]
     for x_1, _ in run.batches(data):  # x_1 ~ q
+        low = low_resolution(x_1, cfg.upsample) if cfg.upsample > 1 else None
         if data.is_image:
             x_1 = common.dequantize(x_1)
-        low = low_resolution(x_1, cfg.upsample) if cfg.upsample > 1 else None
         x_0 = torch.randn_like(x_1)  # x_0 ~ N(0, I), (B, ...)
         t = path.t_max * torch.rand(len(x_1), device=x_1.device)  # t ~ U[0, t_max], (B,)
         net = conditioned(run.model, low)
@@ -381,14 +381,8 @@ def evaluate_images(cfg, run, data, path):
     for i in range(0, min(cfg.nll_examples, len(test)), 64):
         x_1 = test[i : min(i + 64, cfg.nll_examples)]
         net = conditioned(run.ema, None if low is None else low[i : i + len(x_1)])
-        log_p = functools.partial(
-            log_prob,
-            vector_field(net, path, cfg.objective),
-            path=path,
-            z=probe(x_1, cfg.divergence),
-            rtol=cfg.tol,
-            atol=cfg.tol,
-        )
+        v, z = vector_field(net, path, cfg.objective), probe(x_1, cfg.divergence)
+        log_p = functools.partial(log_prob, v, path=path, z=z, rtol=cfg.tol, atol=cfg.tol)
         log_ps.append(k_sample_log_prob(lambda x, f=log_p: f(x)[0], x_1, cfg.nll_samples))
     if log_ps:
         bpd = common.bits_per_dim(torch.cat(log_ps), c * h * w)  # App. C
