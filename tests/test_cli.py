@@ -219,6 +219,7 @@ BAD_FLAGS = [
     ("--sample nowhere.pt", "no checkpoint at nowhere.pt"),
     ("--sample a.pt --resume", "choose one of them"),
     ("--batch-size 9000000000000", "allocate memory"),
+    ("--batch-size 9000000000000000000", "overflowed"),
     ("--batch-size 99999999999999999999999", "at least 1"),
     ("--seed 99999999999999999999", "at least 0"),
     ("--image-size 10000000 --dataset glyphs", "from 1 to 4096"),
@@ -286,6 +287,9 @@ def test_bad_output_folders(refused):
     for out in ("file", "file/below", "/proc/nowhere/run"):  # in /proc not even root can write
         refused("cannot write to", "flow_matching", *FM, "--out", out)
     assert Path("file").read_text() == "precious"
+    Path("run/samples.png").mkdir(parents=True)  # as a full disk: what fails comes after training
+    refused("Is a directory: 'run/samples.png'", "flow_matching", *FM, "--out", "run")
+    assert Path("run/checkpoint.pt").exists()
 
 
 def test_bad_image_folders(refused, tmp_path, pictures):

@@ -389,6 +389,19 @@ def test_image_folder(tmp_path):
     assert y.shape == (7,)
 
 
+def test_photographs_stand_upright(tmp_path):
+    """A camera on its side writes its pixels as they fall, and says so by EXIF's orientation."""
+    image = Image.new("RGB", (16, 16))
+    image.paste((255, 255, 255), (0, 0, 8, 16))  # the left half is white
+    sideways = image.getexif()
+    sideways[0x0112] = 6  # to be turned by 90° clockwise: then the upper half is
+    for i in range(2):
+        image.save(tmp_path / f"{i}.png", exif=sideways)
+    data = common.load_data(small_config(tmp_path, dataset=str(tmp_path), image_size=16))
+    assert (data.train[0, :, :8] == 255).all()
+    assert (data.train[0, :, 8:] == 0).all()
+
+
 def test_flip_mirrors_half_of_the_images():
     x = torch.zeros(1, 1, 2, 2, dtype=torch.uint8)
     x[..., 0] = 255
@@ -704,6 +717,35 @@ def test_checkpoints_by_the_clock_and_every_loss_logged(tmp_path, monkeypatch):
     assert_close([line["loss"] for line in lines], means)
 
 
+def test_a_resumed_optimiser_heeds_the_flags(tmp_path):
+    def resumed(**settings):
+        cfg = small_config(tmp_path, resume=True, **settings)
+        return common.Run(cfg, common.MLP(2), torch.device("cpu"), optimizer=cfg.optimizer)
+
+    cfg = small_config(tmp_path)
+    run = common.Run(cfg, common.MLP(2), torch.device("cpu"), optimizer=cfg.optimizer)
+    for _ in run.steps():
+        run.step(run.model(torch.randn(4, 2), torch.rand(4)).square().mean())
+    run = resumed(beta_2=0.9)
+    (group,) = run.optimizer.param_groups
+    assert group["betas"] == (0.9, 0.9)
+    assert run.optimizer.state[group["params"][0]]["step"] == 10
+    with pytest.raises(UserError, match="of another optimizer: leave out --optimizer"):
+        resumed(optimizer="muon")
+
+
+def test_other_processes_get_other_noise_when_they_resume(tmp_path):
+    torch.manual_seed(0)
+    run = common.Run(small_config(tmp_path), Line(), torch.device("cpu"))
+    first = torch.randn(8)
+    run.save()
+    state = torch.load(run.file, weights_only=True)
+    torch.save(state | {"rng": 2 * state["rng"]}, run.file)  # as of two processes
+    torch.manual_seed(0)
+    common.Run(small_config(tmp_path, resume=True), Line(), torch.device("cpu"))
+    assert (torch.randn(8) != first).all()
+
+
 def test_a_stage_refuses_another_stages_checkpoint(tmp_path):
     run = common.Run(small_config(tmp_path, steps=0), Line(), torch.device("cpu"), stage="second")
     run.save()
@@ -825,7 +867,9 @@ def test_samples_go_on_where_they_were_interrupted(tmp_path):
     drawn.clear()
     with pytest.raises(KeyboardInterrupt):
         run.write_samples(functools.partial(draw, most=2))
-    again = common.Run(cfg, Line(), torch.device("cpu"))
+    run.save()
+    resumed = dataclasses.replace(cfg, resume=True)
+    again = common.Run(resumed, Line(), torch.device("cpu"))
     again.write_samples(draw)
     assert drawn == [16, 16, 5]  # the first two were not drawn twice
     assert (np.load(tmp_path / "samples.npz")["arr_0"] == whole).all()

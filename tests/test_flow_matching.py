@@ -365,6 +365,26 @@ def test_low_resolution():
     assert torch.equal(seen, torch.cat([x, low], dim=1))
 
 
+def test_super_resolution_is_shown_in_training_what_it_is_shown_in_sampling(tmp_path, monkeypatch):
+    """The low-resolution image is of the levels, not of the noise that dequantises them."""
+    torch.set_default_dtype(torch.float32)
+    shown = []
+    monkeypatch.setattr(
+        fm,
+        "conditioned",
+        lambda net, low: shown.append(low) or (lambda x, t: net(torch.cat([x, low], dim=1), t)),
+    )
+    x, y = torch.full((4, 1, 8, 8), 77, dtype=torch.uint8), torch.zeros(4, dtype=torch.int64)
+    settings = {"dataset": "pictures", "out": str(tmp_path), "device": "cpu", "steps": 2}
+    cfg = fm.Config(**settings, width=8, mult=(1, 1), blocks=1, upsample=2, batch_size=4)
+    data = common.Data("flat", x, y, x, y)
+    run = common.Run(cfg, common.network(cfg, data, in_channels=2), torch.device("cpu"))
+    fm.train(cfg, run, data, fm.OT())
+    assert len(shown) == 2
+    for low in shown:
+        assert_close(low, common.to_float(x), rtol=0, atol=1e-6)  # bicubic weights sum to one
+
+
 def test_psnr():
     x = torch.zeros(1, 1, 4, 4)
     assert fm.psnr(x + 0.2, x) == pytest.approx(20.0)  # 10 log10(2² / 0.2²)
