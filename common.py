@@ -83,6 +83,8 @@ class Config:
     num_samples: Natural = 0  # samples to write to samples.npz
     checkpoint_every: Count | None = None  # steps between checkpoints (besides every 10 minutes)
 
+    learned = ("optimizer",)  # settings that a checkpoint is made of: no flag may change them
+
     @property
     def script(self):
         return Path(inspect.getfile(type(self))).stem
@@ -132,6 +134,10 @@ def parse(config_class, presets, argv=None):
         if unknown := saved.keys() - kinds.keys():
             raise UserError(f"{path} has the unknown setting {min(unknown)}: from another version?")
         of_its_run = {"out": None, "resume": False, "sample": None, "num_samples": 0}
+        for key in explicit.keys() & set(config_class.learned):
+            if explicit[key] != saved[key]:
+                flag = "--" + key.replace("_", "-")
+                raise UserError(f"{path} learned with {flag} {saved[key]}: leave out {flag}")
         cfg = config_class(**saved | of_its_run | explicit)
     if cfg.resume:
         if cfg.dataset != saved["dataset"]:
@@ -1337,10 +1343,7 @@ class Run:
             return
         groups = self.optimizer.param_groups
         options = [{k: v for k, v in group.items() if k != "params"} for group in groups]
-        try:
-            self.optimizer.load_state_dict(state["optimizer"])
-        except ValueError:
-            raise UserError(f"{path} is of another optimizer: leave out --optimizer") from None
+        self.optimizer.load_state_dict(state["optimizer"])
         for group, own in zip(self.optimizer.param_groups, options, strict=True):
             group.update(own)  # the flags of this command, not the saved ones
         if len(state["rng"]) == world_size():

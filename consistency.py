@@ -441,6 +441,8 @@ def prepare(cfg, device, data):
         return torch.optim.RAdam(trained, lr=cfg.lr, betas=(0.9, cfg.beta_2))  # App. C
 
     run = common.Run(cfg, nets, device, optimizer=radam if cfg.optimizer == "radam" else "muon")
+    if teacher and cfg.sample and run.done == 0 < cfg.steps:
+        raise UserError(f"{cfg.sample} is from before the first step: go on with --resume")
     if teacher and run.done == 0 and not cfg.sample:
         run.save()  # --resume finds the settings here, should the teacher be interrupted
         trained = train_teacher(cfg, device, data)
@@ -468,7 +470,8 @@ def distance(x, reference, blocks=10):
 def choose_times(cfg, run, data):
     """Greedy time points for cfg.nfe evaluations; the energy distance stands for the FID."""
     f, _, _ = run.ema.functions(cfg)
-    reference = data.batch(min(cfg.examples, 4_000))[0].flatten(1)
+    count = min(cfg.examples, 1_000 if data.is_image else 4_000)  # at once through the network
+    reference = data.batch(count)[0].flatten(1)
     x_T = T * torch.randn(len(reference), *data.shape, device=run.device)
 
     def score(x):
@@ -576,10 +579,11 @@ def check(cfg, data):
     """Refuse settings that do not go together."""
     if cfg.N < 2:
         raise UserError("--N 1: a grid of times has two points at least")
-    if cfg.method != "cd":
-        (s_0, s_1), least = bounds(cfg), 2 if cfg.method == "ct" else 1
+    for method in ("ict", "ct") if cfg.compare else {cfg.method} - {"cd"}:
+        s_0, s_1 = bounds(dataclasses.replace(cfg, method=method))
+        least = 2 if method == "ct" else 1
         if not least <= s_0 <= s_1:
-            raise UserError(f"--s-0 {s_0} --s-1 {s_1}: {cfg.method} wants {least} <= s-0 <= s-1")
+            raise UserError(f"--s-0 {s_0} --s-1 {s_1}: {method} wants {least} <= s-0 <= s-1")
     if min(cfg.examples, len(data.test)) < 2:
         counts = f"--examples {cfg.examples}, and {cfg.dataset} holds out {len(data.test)}"
         raise UserError(f"{counts}: an energy distance takes two of each at least")

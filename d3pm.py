@@ -582,6 +582,8 @@ class Text:
 
     def __init__(self, cfg, train, test, device, stride=1):
         L = cfg.length
+        if cfg.image_size or cfg.flip:
+            raise UserError(f"{cfg.dataset} is no image: leave out --image-size and --flip")
         if min(len(train), len(test)) < L:
             raise UserError(f"{cfg.dataset} is too short for examples of {L} characters")
         codes = np.frombuffer((train + test).encode("utf-32-le"), np.uint32)
@@ -652,7 +654,7 @@ def load_data(cfg, device):
 
 def text8(folder):
     """The 10^8 characters of text8, from the folder, downloaded if missing."""
-    path, part = folder / "text8.zip", folder / "text8.part"
+    path, part = folder / "text8.zip", folder / f"text8-{os.getpid()}.part"
     try:
         if not path.exists():
             folder.mkdir(parents=True, exist_ok=True)
@@ -706,7 +708,8 @@ def evaluate(cfg, run, data, chain):
     n = 64 if data.is_image or cfg.dataset == "grammar" else 24
     chains = reverse(run.ema, chain, chain.draw_prior(n, *data.shape), cfg.form)
     frames = {t: data.decode(x) for t, x in chains if t in shown}
-    times, last = "t = " + ", ".join(map(str, frames)), frames[0]
+    times = "t = " + ", ".join(f"{cfg.T * chain.times[t].item():.0f}" for t in frames)
+    last = frames[0]
     if data.is_image:
         first = torch.cat([x[:16] for x in frames.values()])
         panels = [(times, tiles(first))], [("samples", tiles(last))]
@@ -779,7 +782,7 @@ def compare(cfg):
         run.say(f"training {row}")
         train(here, run, data, chain)
         bits = held_out_bits(here, run.ema, data, chain)
-        error = common.standard_error(bits)
+        error = common.standard_error(bits) or math.nan
         cells = f"{family:12}{here.head:13}{here.form:11}{here.lam or 0:<8}"
         table.append(f"{cells}{bits.mean():.3f} ± {error:.3f}")
     print("family      head         form       lambda  bits per dimension")
@@ -851,6 +854,8 @@ def main(cfg):
     if cfg.compare:
         if cfg.resume or cfg.sample or cfg.num_samples or "RANK" in os.environ:
             raise UserError("--compare trains anew, in one process, and writes no samples")
+        if cfg.schedule or not (cfg.lam and cfg.bound_examples):
+            raise UserError("--compare takes each family's own schedule, --lam, --bound-examples")
         compare(cfg)
         return
     run, data, chain = prepare(cfg)

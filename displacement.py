@@ -567,7 +567,7 @@ def evaluate_gases(run):
     edges, row = grid(-8, 8, 4001), []
     x = (edges[1:] + edges[:-1]) / 2
     with torch.no_grad():
-        Q = run.net().cpu()  # (gases, starts, N+1)
+        Q = run.ema().cpu()  # (gases, starts, N+1)
     energies, centred = gas_energy(Q, both_gases), Q - mean(Q)[..., None]
     even = torch.full_like(Q[0, 0, 1:], 1 / (Q.shape[-1] - 1))
     for i, (name, q) in enumerate(GASES.items()):

@@ -138,8 +138,8 @@ class TiedAutoEncoders(nn.Module):
     def __init__(self, x, hidden, levels):
         super().__init__()
         dim = x.shape[1]
-        W = torch.randn(levels, hidden, dim) * math.sqrt(0.5 / dim)
-        thresholds = x[torch.randint(len(x), (levels, hidden))]
+        W = torch.randn(levels, hidden, dim, device=x.device) * math.sqrt(0.5 / dim)
+        thresholds = x[torch.randint(len(x), (levels, hidden), device=x.device)]
         b = -(W * thresholds).sum(-1)[:, None]
         c = (x - reconstruct(x, W, b, 0.0)).mean(1, keepdim=True)
         self.W, self.b, self.c = nn.Parameter(W), nn.Parameter(b), nn.Parameter(c)
@@ -342,8 +342,8 @@ def evaluate_vectors(cfg, run, data, sigmas):
         learned_row.append(("E(x; W, b, c), learned", landscape(log_p, psi, sigma, points)))
         sample_row.append(("Langevin samples", common.density_image(samples[k], bound, 96)))
     common.save_panels(run.folder / "samples.png", exact_row, learned_row, sample_row)
-    theta = [parameter.double() for parameter in net.theta(-1)]
-    values, distance = equivalences(theta, examples[:3].double(), sigmas[-1])
+    theta = [parameter.cpu().double() for parameter in net.theta(-1)]
+    values, distance = equivalences(theta, examples[:3].cpu().double(), sigmas[-1])
     values = {name: value * cfg.scale**2 for name, value in values.items()}
     run.report("equivalences of three examples", **values, gradients_differ_by=distance)
 
@@ -365,7 +365,8 @@ def evaluate_images(cfg, run, data, sigmas):
         mse = [(x - test).square().mean().item() / cfg.scale**2 for x in images]
         lower = energy(test, *theta, sigma) < energy(turned, *theta, sigma)  # [ranking]
         drawn = denoise(samples[k])
-        moved = (drawn - denoise(x_0[k])).norm(dim=1)
+        start = samples[k - 1] if k and cfg.anneal else x_0[k]
+        moved = (drawn - denoise(start)).norm(dim=1)
         run.report(
             title := f"sigma {sigma / cfg.scale:g}",
             **dict(zip(("mse_noisy", "mse_denoised", "mse_parzen"), mse, strict=True)),
@@ -441,6 +442,10 @@ def check(cfg, data):
     dim, n = data.train[0].numel(), len(data.train)
     if cfg.objective.startswith("ism") and dim > 64:
         raise UserError(f"--objective {cfg.objective} takes {dim} backward passes: take dae or dsm")
+    if cfg.objective.startswith("ism") and cfg.compile:
+        raise UserError(
+            f"--compile cannot differentiate twice, as --objective {cfg.objective} does"
+        )
     if cfg.examples and cfg.examples > n:
         raise UserError(f"--examples {cfg.examples} is more than the {n} of {data.name}")
     if cfg.step_size >= 4:

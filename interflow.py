@@ -64,6 +64,8 @@ class Config(common.Config):
     patch: Count = 1  # side of the patches of pixels that the U-Net sees as channels
     dropout: common.Fraction = 0.0  # of the U-Net
 
+    learned = (*common.Config.learned, "source")
+
 
 SMALL_IMAGES = common.SMALL_UNET | {  # minutes on two cores
     "steps": 6_500,
@@ -346,7 +348,12 @@ class Table(common.Data):
     """The rows of a file, standardised by the mean and standard deviation of the training rows."""
 
     validation: torch.Tensor | None = None
-    log_scale: float = 0.0  # log of the deviations' product: what a row's log density loses
+    mean: torch.Tensor | None = None  # (D,), of the training rows, and their deviations
+    std: torch.Tensor | None = None
+
+    @property
+    def log_scale(self):  # what a row's log density loses
+        return self.std.log().sum()
 
 
 def read_table(path):
@@ -390,8 +397,9 @@ def load_table(path, device="cpu"):
         torch.from_numpy((x - mean) / std).float().to(device) for x in (train, test, validation)
     )
     labels = [torch.zeros(len(x), dtype=torch.long, device=device) for x in (train, test)]
-    scale = float(np.log(std).sum())
-    return Table(path, train, labels[0], test, labels[1], validation=validation, log_scale=scale)
+    mean, std = (torch.from_numpy(a).to(device) for a in (mean, std))
+    parts = (train, labels[0], test, labels[1])
+    return Table(path, *parts, validation=validation, mean=mean, std=std)
 
 
 # ---- Training and evaluation --------------------------------------------------------------------
@@ -470,8 +478,10 @@ def evaluate_vectors(cfg, run, source, target):
             if isinstance(end, Table):  # to choose settings by
                 report_likelihood(cfg, run, "validation", end, end.validation[:n], *known)
             report_likelihood(cfg, run, "test", end, end.test[:n], *known, flow=flow)
-        frames, nfe = transport(v, x, torch.linspace(*times, 5), **common.solver_options(cfg))
-        distance = common.energy_distance(frames[-1, :5_000], goal[:5_000])
+        x_1, nfe = transport(v, x, times, **common.solver_options(cfg))
+        frames, _ = transport(v, x, torch.linspace(*times, 5), rtol=cfg.tol, atol=cfg.tol)
+        frames = torch.cat([frames[:-1], x_1[None]])
+        distance = common.energy_distance(x_1[:5_000], goal[:5_000])
         run.report("samples", flow=flow, energy_distance=distance, evaluations=nfe)
         rows.append(panels(v, start, end, times, frames, goal))
     return rows
@@ -496,9 +506,11 @@ def evaluate_images(cfg, run, source, target):
     x_0 = held_out(source, 64 if from_noise else 32)
     x_1, nfe = transport(run.ema, x_0, **common.solver_options(cfg))
     run.report("samples", evaluations=nfe)
-    rows = zip(x_0.split(8), x_1.split(8), strict=True)
+    columns = min(8, len(x_0))
+    whole = len(x_0) // columns * columns  # rows
+    rows = zip(x_0[:whole].split(columns), x_1[:whole].split(columns), strict=True)
     shown = x_1 if from_noise else torch.cat([torch.cat(pair) for pair in rows])
-    common.save_images(run.folder / "samples.png", shown)
+    common.save_images(run.folder / "samples.png", shown, columns)
     ends = held_out(source, 512), held_out(target, 512)
     with torch.no_grad():
         run.report("objective", **diagnose(run.ema, run.ema.interpolant, *ends))
@@ -547,10 +559,10 @@ def source_names(cfg):
     if not cfg.source and cfg.dataset in common.DENSITIES:
         eight = cfg.dataset == "eight_gaussians"
         names.append("checkerboard" if eight else "eight_gaussians")  # Fig. 2
-    if len(set(names)) < len(names):
+    if len({Path(name).stem for name in names}) < len(names):
         raise UserError(f"--source {cfg.source} names a density twice")
     if cfg.learn and not cfg.time_alpha == cfg.time_beta == 1:
-        raise UserError("--learn takes every time alike: leave out --time-alpha and --time-beta")
+        raise UserError("--learn takes every time alike: give --time-alpha 1 --time-beta 1")
     if cfg.bound and (cfg.source or cfg.dataset != Config.dataset or cfg.num_samples):
         raise UserError("--bound has two Gaussians: leave out --source, --dataset, --num-samples")
     return names
@@ -593,7 +605,11 @@ def main(cfg):
     if target.is_image and len(names) > 1:
         raise UserError(f"--source {cfg.source}: images take one, which samples.png starts from")
     for name in names:
-        run, source = prepare(cfg, device, name, target, stage=Path(name).stem if flows else "")
+        stage = Path(name).stem if flows else ""
+        later = Path(cfg.sample or "checkpoint.pt").with_name(f"checkpoint-{stage}.pt")
+        if cfg.sample and stage and not later.exists():
+            continue  # the run has not come to it
+        run, source = prepare(cfg, device, name, target, stage)
         if not cfg.sample:
             train(cfg, run, source, target)
         flows.append((run, source))
@@ -603,7 +619,9 @@ def main(cfg):
 
     def draw(n):  # from rho_1
         x_0 = continuous(source, source.batch(n)[0])
-        return transport(run.ema, x_0, **common.solver_options(cfg))[0]
+        x_1, _ = transport(run.ema, x_0, **common.solver_options(cfg))
+        is_table = isinstance(target, Table)
+        return (target.mean + target.std * x_1).float() if is_table else x_1
 
     if target.is_image:
         evaluate_images(cfg, run, source, target)

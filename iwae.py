@@ -314,7 +314,8 @@ def evaluate(cfg, run, images):
 
 def fit(cfg, images, name, net=None, **settings):
     """Train a model in a folder of its own -> the network, and "likelihood [active units]"."""
-    here = dataclasses.replace(cfg, out=common.free_folder(f"{cfg.out}/{name}"), **settings)
+    out = common.free_folder(f"{cfg.out}/{name}")
+    here = dataclasses.replace(cfg, table=None, out=out, **settings)
     run = start(here, images, common.setup(here), net)
     run.say(f"training {name}")
     train(here, run, images)

@@ -568,12 +568,17 @@ def stage_one_of(cfg):
 def prepare(cfg):
     """(run of stage two, data, process); stage one is trained, or taken over from another run."""
     device = common.setup(cfg)
+    other = None
     if cfg.first_stage and not (cfg.resume or cfg.sample):
-        saved = stage_one_of(cfg)["config"]
+        other = stage_one_of(cfg)
+        if other["step"] < other["config"]["steps"]:
+            raise UserError(f"{cfg.first_stage} has not finished its stage one: --resume it first")
         for name in ("f", "z_channels", "reg", "codes", "ae_width", "adversarial", "image_size"):
-            setattr(cfg, name, saved[name])
+            setattr(cfg, name, other["config"][name])
     data = common.load_data(cfg, device)
     check(cfg, data)
+    if other and other["model"]["encoder.0.weight"].shape[1] != data.shape[0]:
+        raise UserError(f"{cfg.first_stage} is of images with other channels than {cfg.dataset}")
     run = common.Run(cfg, LatentDiffusion(cfg, data.shape, data.num_classes), device)
     if run.done == 0 and cfg.f > 1 and not cfg.sample:
         run.save()  # --resume finds the settings here, should stage one be interrupted
@@ -592,8 +597,15 @@ def check(cfg, data):
     """Refuse settings that do not go together."""
     if not data.is_image:
         raise UserError(f"{cfg.dataset} is not made of images: choose glyphs, mnist, or a folder")
-    if cfg.f & (cfg.f - 1) or data.shape[1] % cfg.f or data.shape[1] % 4:
-        raise UserError(f"--f {cfg.f} must be a power of two and divide {data.shape[1]} pixels")
+    side = data.shape[1]
+    if cfg.f & (cfg.f - 1) or side % cfg.f:
+        raise UserError(f"--f {cfg.f} must be a power of two and divide {side} pixels")
+    if cfg.condition == "super-resolution" and side % 4:
+        raise UserError(f"--condition super-resolution: {side} pixels are no multiple of four")
+    new = not (cfg.first_stage or cfg.resume or cfg.sample)
+    if new and cfg.f > 1 and cfg.adversarial and cfg.adversarial_start >= cfg.ae_steps:
+        start = f"starts at step {cfg.adversarial_start}, and stage one has {cfg.ae_steps}"
+        raise UserError(f"--adversarial {start}: give a smaller --adversarial-start")
     if cfg.sampling_steps > cfg.T:
         raise UserError(f"--sampling-steps {cfg.sampling_steps} are more than --T {cfg.T}")
     if cfg.num_samples and cfg.condition in IMAGES:
@@ -721,7 +733,9 @@ def main(cfg):
         train(cfg, run, data, process)
     if not run.finish():
         return
-    judge = train_classifier(cfg, data, run.device, "judge") if data.num_classes > 1 else None
+    known = not cfg.sample or Path(cfg.sample).with_name("checkpoint-judge.pt").exists()
+    named = known and data.num_classes > 1
+    judge = train_classifier(cfg, data, run.device, "judge") if named else None
     torch.manual_seed(cfg.seed)
     some = torch.arange(max(40, cfg.examples), device=run.device) % len(data.test)
     x, y, classes = common.to_float(data.test[some]), data.test_labels[some], data.num_classes
@@ -736,9 +750,12 @@ def main(cfg):
         below += evaluate_enlarged(run, process, classes)
     common.save_panels(run.folder / "samples.png", above + first, below)
     if cfg.num_samples:
-        labels = torch.arange(cfg.batch_size, device=run.device) % classes
-        named = cfg.condition in LABELS
-        run.write_samples(lambda n: generate(run.ema, process, n, labels[:n] if named else None))
+
+        def draw(n):
+            y = torch.randint(classes, (n,), device=run.device)
+            return generate(run.ema, process, n, y if cfg.condition in LABELS else None)
+
+        run.write_samples(draw)
     run.say(f"see {run.folder / 'samples.png'}")
 
 

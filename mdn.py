@@ -6,13 +6,14 @@ Implements  Eq. 22, Eq. 23 (mixture of Gaussian kernels); Eq. 25, Eq. 26, Eq. 27
             Eq. 49 (the most probable one); Sec. 3 (mode, BFGS); Eq. 51 (sum of squares); Eq. 55
             (inverse problem, Sec. 5); Eq. 56, Eq. 57 (robot arm, Sec. 6); Table 1
 Conventions t is the target, (B, c); x the input, (B, d); z the network's outputs, (B, (c + 2) K).
-            Errors and likelihoods are in nats per case. Everything is float64.
+            Errors and likelihoods are in nats per case. Everything is float64, but z in training by
+            Adam, which Run rounds to float32.
 Departures  1. The error is a mean over the cases, not a sum. Where in the paper's BFGS lies a line
                search, here lies one of ours. A .csv is trained by Adam on minibatches instead.
             2. sigma² = exp(2 z) + sigma_min²: the robot's angles have no noise, and without a floor
                their likelihood has no bound. --sigma-min 1e-9 is the paper's sigma = exp(z).
-            3. Starting weights and a weight decay of 1e-7, which keeps a unit from becoming a step
-               between two cases, are ours: the centres start at K of the targets.
+            3. Starting weights and a weight decay of 1e-7 (a .csv's: 1e-5), lest a unit become a
+               step between two cases, are ours: the centres start at K of the targets.
             4. Eq. 47 is printed with sigma_i², but Eq. 46, a sum over c dimensions, has c sigma_i².
             5. The robot's networks are those after the last cycle; the paper keeps, of every tenth,
                the best by its test set's error. Our test sets have 10,000 cases, not 1,000.
@@ -405,7 +406,7 @@ class BFGS(torch.optim.Optimizer):
             length = (low + high) / 2 if high < math.inf else 2 * length
         else:  # H is spoilt by rounding: the next cycle begins anew
             vector_to_parameters(w, self.weights)
-            state.pop("H", None)
+            state.clear()
             return
         y = g_new - g
         y_s = y @ s
@@ -594,12 +595,18 @@ def main(cfg):
         raise UserError("--device mps has no float64, which BFGS needs: use cpu")
     pairs = load_pairs(cfg, device)
     net = Network(pairs.x, cfg.hidden, starting_mixture(pairs.t, cfg.kernels))
+    net.register_buffer("t_mean", pairs.mean.clone())
+    net.register_buffer("t_std", pairs.std.clone())
     squares = Network(pairs.x, cfg.ls_hidden, pairs.t.mean(dim=0))
 
     def error(z, t):
         return ErrorFunction.apply(z, t, cfg.kernels, cfg.sigma_min)
 
     run = train(cfg, net, pairs, error, device)
+    if cfg.sample:  # another table's targets, in the units of the one that was learned
+        mean, std = run.ema.t_mean, run.ema.t_std
+        test_t = (pairs.test_t * pairs.std + pairs.mean - mean) / std
+        pairs = dataclasses.replace(pairs, test_t=test_t, mean=mean, std=std)
     squares = train(cfg, squares, pairs, sum_of_squares, device, "least-squares").ema
     forward = None
     if cfg.dataset == "inverse":

@@ -230,11 +230,13 @@ def by_langevin(log_r, steps, step, temperature=1.0):
     """A `draw` of `ancestral` for the NCP, by Langevin dynamics from the base prior."""
 
     def draw(p, context):
+        p = Gaussian(p.mean, p.log_sigma + math.log(temperature))
+
         def log_p_ncp(z):
             log_p = p.log_prob(z) + log_r(join(context, z))
             return log_p  # of the [noise contrastive prior], Fig. 1, times Z
 
-        return langevin(log_p_ncp, p.sample(temperature=temperature), steps, step)
+        return langevin(log_p_ncp, p.sample(), steps, step)
 
     return draw
 
@@ -282,7 +284,7 @@ class Judge(nn.Module):
 
 def frechet_distance(a, b):
     """|m - m'|² + tr(S + S' - 2 (S S')^(1/2)) of the Gaussians fitted to (N, D) and (M, D)."""
-    a, b = a.double(), b.double()
+    a, b = a.cpu().double(), b.cpu().double()
     roots = torch.linalg.eigvals(a.T.cov() @ b.T.cov()).real.clamp(min=0).sqrt()
     spread = a.var(dim=0).sum() + b.var(dim=0).sum() - 2 * roots.sum()
     return ((a.mean(dim=0) - b.mean(dim=0)).square().sum() + spread).item()
@@ -433,6 +435,8 @@ def main(cfg):
     data = common.load_images(cfg, device)
     if len(data.test) < 2:
         raise UserError(f"{cfg.dataset} is too small: of a folder's images one in ten is held out")
+    if cfg.latent * cfg.groups < 2:
+        raise UserError("the picture is of two latents: --latent or --groups must be at least 2")
     first, second, judge = train(cfg, device, data)
     if first.finish():
         evaluate(cfg, first, second, judge, data)

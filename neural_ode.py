@@ -51,6 +51,8 @@ class Config(common.Config):
     channels: Count = 16  # classify: of the feature maps; the paper's 64
     observations: Sizes = (30, 50, 100)  # latent: the columns of Table 2
 
+    learned = (*common.Config.learned, "observations")
+
     def __post_init__(self):
         names = ("dataset", "steps", "batch_size", "lr", "tol", "gradient")
         for name, value in zip(names, EXPERIMENTS[self.experiment], strict=True):
@@ -83,7 +85,8 @@ def odeint_adjoint(f, z, t, params=None, *, backward=None, **solver):
 
     Returns (solution, evaluations), as common.odeint does. Gradients are those of the exact flow,
     to the solver's tolerance, not of the solver's steps; they have no gradients themselves.
-    To copy it out: take this function, the class below and common.py's section "ODE stepping".
+    To copy it out: take this function, the class and the two helpers below it, and common.py's
+    UserError and section "ODE stepping".
     """
     if params is None:
         if not isinstance(f, nn.Module):
@@ -539,7 +542,8 @@ def evaluate_cnf(run, data, energy):
     grid = torch.cartesian_prod(axis, axis)  # (10000, 2)
     if energy:
         mass = torch.exp(-energy(grid))
-        kl = log_q + energy(x) + (mass.mean() * (2 * bound) ** 2).log()
+        log_z = (torch.exp(-energy(2 * grid)).mean() * (4 * bound) ** 2).log()  # over [-8, 8]²
+        kl = log_q + energy(x) + log_z
         figures = {"kl": kl.mean().item(), "standard_error": common.standard_error(kl)}
         target = common.heat_image(mass.view(100, 100).cpu())
     else:
@@ -707,6 +711,8 @@ def main(cfg):
         raise UserError("--num-samples is for the flow's: leave it out, or --experiment")
     if not all(2 <= n <= 100 for n in cfg.observations):
         raise UserError("--observations: whole numbers from 2 to 100")
+    if (cfg.image_size or cfg.flip) and cfg.experiment != "classify":
+        raise UserError("--image-size and --flip are for --experiment classify: leave them out")
     experiments = {"cnf": cnf, "classify": classify, "latent": latent, "poisson": poisson}
     run, evaluate, draw = experiments[cfg.experiment](cfg, common.setup(cfg))
     if not run.finish():

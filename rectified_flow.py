@@ -68,6 +68,8 @@ class Config(common.Config):
     patch: Count = 1  # side of the patches of pixels that the U-Net sees as channels
     dropout: common.Fraction = 0.0  # of the U-Net
 
+    learned = (*common.Config.learned, "source", "classes", "interpolation")
+
 
 SMALL_IMAGES = common.SMALL_UNET | {  # minutes on two cores
     "steps": 5_000,
@@ -413,7 +415,8 @@ def measure(run, x_0, x_1, z_1):
     one_each = {"steps": 1} if "steps" in solver else {}
     paths, nfe = simulate(v, x_0, times, **solver | one_each)  # (T, B, ...)
     if run.stage == "distilled":
-        name, ends, figures = run.stage, {f"N={cfg.distill}": paths[-1]}, {}
+        column = f"N={cfg.distill}" if cfg.distill in FEW else "full"
+        name, ends, figures = run.stage, {column: paths[-1]}, {}
     else:
         name = f"{run.stage.removeprefix('reflow-') or 1}-rectified"
         few = {n: simulate(v, x_0, (0.0, t_1), method="euler", steps=n)[0] for n in FEW}
@@ -527,6 +530,12 @@ def main(cfg):
     common.solver_options(cfg)
     if cfg.sample:
         choose(cfg)
+    file = Path(cfg.sample or f"{cfg.out}/checkpoint.pt").with_name("checkpoint-distilled.pt")
+    if cfg.distill and file.exists():
+        was = common.load_checkpoint(file, cfg.script, mmap=True)["config"]
+        if (was["rounds"], was["distill"]) != (cfg.rounds, cfg.distill):
+            flags = f"--rounds {was['rounds']} --distill {was['distill']}"
+            raise UserError(f"{file} is of {flags}: keep both, or add --distill 0, or remove it")
     data, couple, held_out = load(cfg, device)
     rng = random_stream(cfg, device, "evaluation")
     x_0, x_1 = (pi.draw(HELD_OUT["images" if data.is_image else "vectors"], rng) for pi in held_out)

@@ -79,7 +79,7 @@ class Config(common.Config):
 # fmt: off
 SMALL_IMAGES = common.SMALL_UNET | {  # minutes on two cores
     "steps": 6_000, "sde": "subvp", "tol": 1e-4, "nll_examples": 64, "divergence": "rademacher",
-    "classifier_steps": 2_000,
+    "classifier_steps": 2_000, "sigma_max": 50.0,  # App. C
 }
 PRESETS = {
     "glyphs": SMALL_IMAGES, "mnist": SMALL_IMAGES, "fashion_mnist": SMALL_IMAGES,
@@ -88,7 +88,8 @@ PRESETS = {
         "steps": 1_300_000, "batch_size": 128, "blocks": 4, "ema": 0.9999,  # App. H.1
         "lr": 2e-4, "warmup": 5_000, "decay": "constant", "flip": True,  # official code
         "dropout": 0.1, "divergence": "rademacher",  # official code
-        "sde": "subvp", "score": "noise", "nll_examples": 10_000, "nll_repeats": 5,  # App. D.2
+        "sde": "subvp", "sigma_max": 50.0, "score": "noise",  # App. C
+        "nll_examples": 10_000, "nll_repeats": 5,  # App. D.2
         "sampler_steps": 1_000, "corrector_steps": 0,  # App. H.1
         "predictor": "euler_maruyama", "classifier_steps": 50_000,  # App. H.2; not stated
     },
@@ -455,6 +456,9 @@ def prepare_classifier(cfg, data, device):
         net = Classifier(data.shape[0], data.num_classes, data.shape[1], cfg.width)
     else:
         net = common.MLP(data.shape[0], data.num_classes, cfg.width, cfg.blocks)
+    beside = os.path.join(os.path.dirname(cfg.sample or ""), "checkpoint-classifier.pt")
+    if cfg.sample and not os.path.exists(beside):
+        return None  # the run has not come to it
     run = common.Run(cfg, net, device, stage="classifier")
     run.cfg = dataclasses.replace(cfg, steps=cfg.classifier_steps)
     return run
@@ -467,7 +471,8 @@ def check(cfg, data):
     if cfg.beta_max < cfg.beta_min:
         raise UserError(f"--beta-max {cfg.beta_max} is below --beta-min {cfg.beta_min}")
     least = math.floor(cfg.beta_max + 1) * (4 if cfg.compare else 1)
-    if (cfg.sde == "vp" or cfg.compare) and cfg.sampler_steps < least:
+    discrete = cfg.sde == "vp" and cfg.predictor not in ("euler_maruyama", "none")
+    if (discrete or cfg.compare) and cfg.sampler_steps < least:
         raise UserError(f"--sampler-steps {cfg.sampler_steps}: VP's beta_i need {least} or more")
     if (cfg.sde, cfg.predictor) == ("subvp", "ancestral"):
         raise UserError("--predictor ancestral is not defined for --sde subvp: choose another")

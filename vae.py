@@ -37,7 +37,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.nn.utils import parameters_to_vector
 
 import common
 from common import Count, Natural, Positive, UserError
@@ -206,7 +205,7 @@ class BayesianVAE(VAE):
         self.log_var_theta = nn.Parameter(torch.full((size,), -8.0))
 
     def q_theta(self):
-        mu = parameters_to_vector(self.decoder.parameters())
+        mu = torch.cat([p.flatten() for p in self.decoder.parameters()])
         return Gaussian(mu, self.log_var_theta)  # Eq. 23
 
     def weights(self, theta):
@@ -413,10 +412,10 @@ def train_mcem(run, images):
 def optimizer(cfg, n):
     """Adam or Adagrad; the prior N(0, I) on the weights is a decay of 1 / N (Sec. 5: MAP)."""
     decay = 1 / n if cfg.map and cfg.method != "full-vb" else 0  # whose bound has the prior in it
-    settings = {"lr": cfg.lr, "weight_decay": decay, "fused": True}
+    settings = {"lr": cfg.lr, "weight_decay": decay}
     if cfg.optimizer == "adagrad":
         return functools.partial(torch.optim.Adagrad, **settings)
-    return functools.partial(torch.optim.Adam, betas=(0.9, cfg.beta_2), **settings)
+    return functools.partial(torch.optim.Adam, betas=(0.9, cfg.beta_2), fused=True, **settings)
 
 
 # ---- Evaluation ---------------------------------------------------------------------------------
@@ -461,7 +460,9 @@ def compare(cfg):
     for method in ("aevb", "wake-sleep", *(["mcem"] if few else [])):
         encoder = method != "mcem"
         out = common.free_folder(f"{cfg.out}/{method}")
-        images, start = prepare(dataclasses.replace(cfg, method=method, out=out))
+        images, start = prepare(
+            dataclasses.replace(cfg, compare=False, manifold=False, method=method, out=out)
+        )
         run = start()
         run.say(f"training by {method}")
         if encoder:
@@ -560,6 +561,8 @@ def main(cfg):
             raise UserError("--compare is about likelihoods: --nll-examples must be at least 1")
         compare(cfg)
         return
+    if cfg.resume and cfg.method == "mcem":
+        raise UserError(f"{cfg.out} is --compare's, by Monte Carlo EM: sample it, or train anew")
     images, start = prepare(cfg)
     stages = {"": cfg.latent} | ({"manifold": 2} if cfg.manifold and cfg.latent != 2 else {})
     runs = []

@@ -730,8 +730,9 @@ def test_a_resumed_optimiser_heeds_the_flags(tmp_path):
     (group,) = run.optimizer.param_groups
     assert group["betas"] == (0.9, 0.9)
     assert run.optimizer.state[group["params"][0]]["step"] == 10
-    with pytest.raises(UserError, match="of another optimizer: leave out --optimizer"):
-        resumed(optimizer="muon")
+    flags = ["--resume", "--out", str(tmp_path), "--optimizer", "muon"]
+    with pytest.raises(UserError, match="learned with --optimizer adam: leave out --optimizer"):
+        common.parse(flow_matching.Config, flow_matching.PRESETS, flags)
 
 
 def test_other_processes_get_other_noise_when_they_resume(tmp_path):

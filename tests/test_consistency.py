@@ -541,6 +541,8 @@ BAD_FLAGS = [
     ("--N 1", "two points at least"),
     ("--method ct --s-0 1", "wants 2 <= s-0 <= s-1"),
     ("--method ict --s-0 20 --s-1 10", "wants 1 <= s-0 <= s-1"),
+    ("--compare --s-0 1", "ct wants 2 <= s-0 <= s-1"),
+    ("--compare --s-0 20 --s-1 10", "ict wants 1 <= s-0 <= s-1"),
     ("--examples 1", "takes two of each"),
     ("--nfe 0", "at least 1"),
     ("--sigma-data 0", "a number above 0"),

@@ -719,6 +719,9 @@ def test_bad_input(refused, pictures):
     refused("tables of 9999 x 256", "d3pm", *images, "--T", "9999", "--levels", "256")
     refused("--levels: must be", "d3pm", *images, "--levels", "1")
     refused("--compare trains anew", "d3pm", "--compare", "--num-samples", "3")
+    for flags in (["--schedule", "cosine"], ["--no-lam"], ["--bound-examples", "0"]):
+        refused("--compare takes each family's own", "d3pm", "--compare", *flags)
+    refused("is no image: leave out", "d3pm", *words, "--flip")
 
 
 def test_chains_that_cannot_be():

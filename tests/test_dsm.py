@@ -399,6 +399,11 @@ def test_images(call, pictures, tmp_path):
     assert len([line for line in lines if "split" in json.loads(line)]) == 3  # two levels, all
 
 
+def test_networks_are_made_where_the_data_are():
+    net = dsm.TiedAutoEncoders(torch.empty(5, 2, device="meta"), hidden=3, levels=2)
+    assert all(p.is_meta for p in net.parameters())
+
+
 def test_landscape_points_downhill():
     """Arrows lie on the picture in the direction of the score, and the mode is the brightest."""
     torch.set_default_dtype(torch.float32)
@@ -416,6 +421,7 @@ BAD_SETTINGS = [
     ({"step_size": 4.0}, "diverges at a --step-size"),
     ({"levels": 17}, "16 are the most"),
     ({"examples": 9}, "more than the 8 of points"),
+    ({"objective": "ism", "compile": True}, "cannot differentiate twice, as --objective ism"),
 ]
 
 

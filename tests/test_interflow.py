@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch.testing import assert_close
 
 import common
@@ -547,7 +548,7 @@ def test_table_files(tmp_path):
         np.testing.assert_allclose(parts[order, i], slope * scaled[:, i] + shift, atol=1e-5)
     # a density of y = (x - mean) / std becomes that of x by the factor 1 / prod(std)
     expected = sum(math.log(slope) for slope, _ in slopes)
-    assert_close(table.log_scale, -expected, atol=1e-6, rtol=0)
+    assert_close(table.log_scale.item(), -expected, atol=1e-6, rtol=0)
     again = it.load_table(str(tmp_path / "array.npy"))
     assert torch.equal(again.test, table.test)  # the same split every time
 
@@ -753,7 +754,28 @@ def test_table_run(call):
     scored = {r["split"]: r for r in records("runs/interflow-table.csv") if "split" in r}
     assert scored["validation"]["examples"] == scored["test"]["examples"] == 4
     assert 4 < scored["test"]["nll"] < 25  # the normal's own: 3 * 1.42 + log 1000 = 11.2
-    assert np.load("runs/interflow-table.csv/samples.npz")["arr_0"].shape == (3, 3)
+    samples = np.load("runs/interflow-table.csv/samples.npz")["arr_0"]
+    assert samples.shape == (3, 3)
+    assert abs(samples[:, 2]).max() > 20  # in the units of the table: its deviation is 100
+
+
+def test_a_checkpoint_keeps_to_its_source(call, refused):
+    assert call("interflow", *TINY[2:], "--out", "run")[0] == 0
+    sample = ["--sample", "run/checkpoint.pt"]
+    wrong = [*sample, "--source", "eight_gaussians"]
+    refused("learned with --source None: leave out --source", "interflow", *wrong)
+    Path("run/checkpoint-eight_gaussians.pt").unlink()  # as if killed in the first flow
+    code, out, err = call("interflow", *sample, "--out", "first")
+    assert code == 0, err
+    assert "eight_gaussians" not in out
+    refused("a density twice", "interflow", *TINY, "--source", "a/t.csv,b/t.csv")
+
+
+def test_a_fixed_solver_takes_the_evaluations_it_is_given(call):
+    flags = ["--solver", "euler", "--nfe", "8", "--source", "normal", "--out", "run"]
+    code, _, err = call("interflow", *TINY, *flags)
+    assert code == 0, err
+    assert {r["evaluations"] for r in records("run") if r.get("split") == "samples"} == {8}
 
 
 def test_images(call, refused, pictures):
@@ -769,6 +791,8 @@ def test_images(call, refused, pictures):
     )
     assert code == 0, err
     assert "bits_per_dim" not in out
+    with Image.open("pairs/samples.png") as grid:  # four images held out: starts above ends
+        assert grid.width > 1.5 * grid.height
     refused("images take one", "interflow", *arguments, "--source", f"normal,{other}")
 
 
@@ -776,7 +800,7 @@ BAD_FLAGS = [
     ("--source mooons", "unknown data set 'mooons'"),
     ("--source normal,normal", "names a density twice"),
     ("--interpolant cubic", "invalid choice: 'cubic'"),
-    ("--learn --time-beta 0.75", "leave out --time-alpha and --time-beta"),
+    ("--learn --time-beta 0.75", "give --time-alpha 1 --time-beta 1"),
     ("--bound --dataset moons", "leave out --source, --dataset"),
     ("--bound --source moons", "leave out --source, --dataset"),
     ("--time-alpha 0", "a number above 0"),

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import itertools
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -638,7 +639,7 @@ def test_labels_are_dropped_as_often_as_asked(tmp_path, monkeypatch, few):
     assert seen["t"].double().mean().item() == pytest.approx(500.5, abs=5 * 289 / math.sqrt(512))
 
 
-def test_another_runs_first_stage_is_taken_over(call, few):
+def test_another_runs_first_stage_is_taken_over(call, refused, few):
     code, out, err = call("ldm", *TINY, "--out", "a", "--reg", "vq", "--codes", "9")
     assert code == 0, err
     assert "codes_used" in out
@@ -652,6 +653,29 @@ def test_another_runs_first_stage_is_taken_over(call, few):
         if key.startswith(("stage_one", "sigma_hat")):
             assert torch.equal(value, b["model"][key])
     assert call("ldm", "--resume", "--out", "b", "--steps", "3")[0] == 0
+    path = Path("a/checkpoint-autoencoder.pt")
+    state = torch.load(path, weights_only=True)
+    torch.save(state | {"step": 0}, path)
+    refused("has not finished its stage one", "ldm", *TINY, "--first-stage", "a", "--out", "c")
+    Path("b/checkpoint-judge.pt").unlink()  # as if killed before its end
+    assert call("ldm", "--sample", "b/checkpoint.pt")[0] == 0
+
+
+def test_samples_are_of_every_class(call, monkeypatch, few):
+    seen = []
+    generate = ldm.generate
+
+    def recorded(net, process, n, y=None, *more, **options):
+        seen.append(y)
+        return generate(net, process, n, y, *more, **options)
+
+    monkeypatch.setattr(ldm, "generate", recorded)
+    code, _, err = call("ldm", *TINY, "--num-samples", "60")
+    assert code == 0, err
+    batch = int(TINY[TINY.index("--batch-size") + 1])
+    drawn = torch.cat(seen[-math.ceil(60 / batch) :])
+    assert len(drawn) == 60
+    assert len(drawn.unique()) == 10  # one is missed with probability 10 * 0.9^60 = 0.02: seeded
 
 
 def test_an_interrupted_first_stage_is_resumed(call, monkeypatch, few):
@@ -689,7 +713,8 @@ def test_an_interrupted_first_stage_is_resumed(call, monkeypatch, few):
     ["--condition super-resolution", "--condition none --f 1 --sampler ancestral --loss l1"],
 )
 def test_the_other_ways_run(call, flags, few):
-    code, out, err = call("ldm", *TINY, *flags.split(), "--adversarial", "0.5")
+    adversarial = ["--adversarial", "0.5", "--adversarial-start", "0"]
+    code, out, err = call("ldm", *TINY, *flags.split(), *adversarial)
     assert code == 0, err
     assert ("psnr_given" in out) == ("super" in flags)
 
@@ -704,6 +729,7 @@ def test_bad_flags(refused, few):
         "--beta-1 0": "between 0 and 1",
         "--eta 1.5": "in .0, 1.",
         "--first-stage nowhere": "no checkpoint at nowhere",
+        "--adversarial 0.5": "starts at step 50000, and stage one has 1: give a smaller",
     }
     for flags, pattern in bad.items():
         refused(pattern, "ldm", *TINY, *flags.split())

@@ -381,6 +381,32 @@ def test_likelihood_is_in_the_units_of_the_column(call, table):
     assert_close(nll[1] - nll[0], math.log(1000), rtol=1e-6, atol=0)
 
 
+def test_another_table_is_read_in_the_units_of_the_training_one(call, table):
+    """Targets ten higher than those learned are ten off, and are reported so."""
+    other = table.with_name("other.csv")
+    rows = [line.split(",") for line in table.read_text().splitlines()]
+    higher = [[*row[:2], f"{10 + float(row[2])}", row[3]] for row in rows[1:]]
+    other.write_text("\n".join(",".join(row) for row in [rows[0], *higher]))
+    flags = ["--targets", "a", "--inputs", "u", "--steps", "5", "--out", "x"]
+    assert call("mdn", "--dataset", table, *flags)[0] == 0
+    code, _, err = call("mdn", "--sample", "x/checkpoint.pt", "--dataset", other, "--out", "y")
+    assert code == 0, err
+    record = json.loads(Path("y/metrics.jsonl").read_text().splitlines()[-1])
+    assert record["rmse_of_mean"] == pytest.approx(10, abs=1.5)
+
+
+def test_bfgs_begins_anew_where_the_error_has_changed():
+    """A resumed run may have another error than the one whose value it kept."""
+    w, more = torch.nn.Parameter(torch.tensor([-1.2, 1.0])), 0.0
+    optimizer = mdn.BFGS([w], lambda: (1 - w[0]) ** 2 + 100 * (w[1] - w[0] ** 2) ** 2 + more)
+    for _ in range(3):
+        optimizer.step()
+    more = 1e3  # every point lies higher now than the error that is kept
+    for _ in range(60):
+        optimizer.step()
+    assert_close(w.detach(), torch.ones(2), rtol=0, atol=1e-5)
+
+
 def test_bad_input(refused, tmp_path, table):
     good = table.read_text()
     lines = good.splitlines()

@@ -392,6 +392,15 @@ def test_bounds_under_autocast_are_close():
     assert loss.isfinite()
 
 
+def test_temperature_scales_what_langevin_leaves():
+    """r = 1: the chain's end has the tempered prior's deviation, as SIR's draws have."""
+    draw = ncp_vae.by_langevin(lambda z: 0 * z.sum(-1), 400, 0.05, temperature=0.5)
+    p = ncp_vae.Gaussian(torch.zeros(4000, 2), torch.full((4000, 2), math.log(2.0)))
+    z = draw(p, torch.zeros(4000, 0))
+    biased = (1 - 0.05 / 4) ** -0.5  # by its step, as above
+    assert z.std().item() == pytest.approx(biased, abs=5 * (1 / (2 * 8000)) ** 0.5)
+
+
 # ---- The command line ---------------------------------------------------------------------------
 
 
@@ -425,6 +434,7 @@ def test_bad_input(refused, pictures):
     refused("too small", "ncp_vae", *TINY, "--dataset", pictures(n=9))
     for flag in ("--groups", "--latent", "--proposals", "--nll-samples", "--nll-examples"):
         refused("at least 1", "ncp_vae", flag, "0")
+    refused("two latents", "ncp_vae", *TINY, "--dataset", pictures("some", n=60), "--latent", "1")
     refused("above 0", "ncp_vae", "--temperature", "0")
     refused("above 0", "ncp_vae", "--langevin-step", "-1")
     refused("invalid choice", "ncp_vae", "--sampler", "gibbs")

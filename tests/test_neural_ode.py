@@ -2,6 +2,7 @@
 
 import functools
 import math
+import types
 from pathlib import Path
 
 import pytest
@@ -579,7 +580,7 @@ def test_classify_trains_resumes_and_evaluates_a_folder(single, call, pictures):
 
 
 @pytest.mark.parametrize("experiment", ["latent", "poisson"])
-def test_time_series_train_resume_and_sample(single, call, experiment):
+def test_time_series_train_resume_and_sample(single, call, refused, experiment):
     arguments = ["--experiment", experiment, *SMALL, "--observations", "3,5", "--out", "run"]
     code, out, err = call("neural_ode", *arguments)
     assert code == 0, err
@@ -589,6 +590,8 @@ def test_time_series_train_resume_and_sample(single, call, experiment):
     code, out, err = call("neural_ode", "--sample", "run/checkpoint.pt")
     assert code == 0, err
     assert ("latent ODE" if experiment == "latent" else "gap") in out
+    other = ["--sample", "run/checkpoint.pt", "--observations", "5"]
+    refused(r"learned with --observations \(3, 5\)", "neural_ode", *other)
 
 
 @pytest.mark.parametrize(
@@ -598,6 +601,28 @@ def test_flows(single, call, flags):
     code, out, err = call("neural_ode", *TINY, *flags.split(), "--num-samples", "3")
     assert code == 0, err
     assert ("kl" if "u1" in flags else "nll") in out
+
+
+def test_kl_is_measured_against_the_whole_of_u2(single, monkeypatch):
+    """A flow that is u2's density itself: z_1 ~ N(0, 2²), z_2 given it N(sin, 0.4²): KL is 0."""
+    figures = {}
+    z = torch.randn(20_000, 2) * torch.tensor([2.0, 0.4])
+    log_q = common.standard_normal_log_prob(z / torch.tensor([2.0, 0.4])) - math.log(0.8)
+    z[:, 1] += torch.sin(math.pi / 2 * z[:, 0])
+
+    class Exact:
+        def flow(self, z_0, times):
+            change = log_q - common.standard_normal_log_prob(z_0)
+            return z.expand(len(times), -1, -1), change.expand(len(times), -1), 0
+
+        def log_prob(self, x, t):
+            return common.standard_normal_log_prob(x), 0  # for the picture alone
+
+    run = types.SimpleNamespace(ema=Exact(), device="cpu", folder=Path("."))
+    run.report = lambda split, **them: figures.update(them)
+    monkeypatch.setattr(common, "save_panels", lambda *_: None)
+    no.evaluate_cnf(run, None, no.u2)
+    assert figures["kl"] == pytest.approx(0, abs=1e-3)  # each term is 0; the grid's error is less
 
 
 def test_bad_flags(single, refused, pictures):
@@ -610,6 +635,8 @@ def test_bad_flags(single, refused, pictures):
         "--observations 1,30": "from 2 to 100",
         "--observations 30,101": "from 2 to 100",
         "--dataset u3": "unknown data set",
+        "--dataset u1 --flip": "are for --experiment classify",
+        "--experiment latent --image-size 8": "are for --experiment classify",
         "--tol 0": "a number above 0",
         "--units 0": "at least 1",
         "--gradient none": "invalid choice",

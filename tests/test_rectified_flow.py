@@ -591,7 +591,7 @@ def table(text):
     return {row[0]: dict(zip(lines[start], row[1:], strict=True)) for row in rows}
 
 
-def test_train_resume_sample(run):
+def test_train_resume_sample(run, refused):
     code, out, err = run(*TINY, "--num-samples", "6", "--rounds", "3")
     assert code == 0, err
     folder = Path("runs/rectified_flow-eight_gaussians")
@@ -610,6 +610,10 @@ def test_train_resume_sample(run):
     steps = [state["step"] for state in saved(folder).values()]
     assert steps == [3, 3, 3, 5]  # later rounds: half, rounded up
     before = (folder / "checkpoint-distilled.pt").read_bytes()
+    here = ["--resume", "--out", folder]
+    for flags in (["--rounds", "4"], ["--distill", "2"]):
+        refused("is of --rounds 3 --distill 1: keep both", "rectified_flow", *here, *flags)
+    refused("learned with --source noise", "rectified_flow", *here, "--source", "moons")
     code, out, _ = run("--sample", folder / "checkpoint.pt")
     assert code == 0
     assert list(table(out))[-1] == "distilled"

@@ -3,6 +3,7 @@
 import json
 import math
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -726,6 +727,17 @@ def test_settings_that_do_not_go_together(settings, pattern):
     x, y = torch.zeros(2, 2), torch.zeros(2)
     with pytest.raises(common.UserError, match=pattern):
         score_sde.check(score_sde.Config(**settings), common.Data("points", x, y, x, y))
+
+
+def test_what_no_discrete_predictor_asks(call):
+    """Euler's steps need no beta_i below 1; and a run that was killed before its classifier."""
+    flags = [*TINY, "--sde", "vp", "--predictor", "euler_maruyama", "--sampler-steps", "20"]
+    code, _, err = call("score_sde", *flags, "--out", "run")
+    assert code == 0, err
+    Path("run/checkpoint-classifier.pt").unlink()
+    code, out, err = call("score_sde", "--sample", "run/checkpoint.pt")
+    assert code == 0, err
+    assert "samples_near" not in out
 
 
 BAD_FLAGS = [

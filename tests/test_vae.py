@@ -495,19 +495,27 @@ def test_methods(run, method):
     assert Path("runs/vae-pictures/checkpoint-manifold.pt").exists()
 
 
+def test_full_variational_bayes_takes_any_decoder(run):
+    code, _, err = run("--network", "conv", "--method", "full-vb", "--nll-examples", "0")
+    assert code == 0, err
+
+
 def test_the_papers_optimiser(run):
     arguments = ["--optimizer", "adagrad", "--lr", "0.02", "--decay", "constant", "--no-map"]
     code, _, err = run(*MLP, *arguments, "--binarization", "fixed", "--train-size", "5")
     assert code == 0, err
 
 
-def test_compare_prints_the_table(run):
+def test_compare_prints_the_table(run, refused):
     code, out, err = run(*MLP, "--compare", "--train-size", "9", "--out", "three")
     assert code == 0, err
     rows = [line.split() for line in out.splitlines()[-3:]]
     assert [row[:2] for row in rows] == [["aevb", "9"], ["wake-sleep", "9"], ["mcem", "9"]]
     assert rows[2][2] == rows[2][4] == rows[2][6] == "-"  # no bound without an encoder
     assert all(float(cell) < 0 for row in rows for cell in row[2:] if cell != "-")
+    code, _, err = run("--sample", "three/mcem/checkpoint.pt", "--num-samples", "2")
+    assert code == 0, err
+    refused("by Monte Carlo EM", "vae", "--resume", "--out", "three/mcem", "--steps", "9")
     code, out, err = run(*MLP, "--compare", "--latent", "6", "--out", "six")
     assert code == 0, err
     assert [line.split()[0] for line in out.splitlines()[-2:]] == ["aevb", "wake-sleep"]
