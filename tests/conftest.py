@@ -15,12 +15,14 @@ import common
 
 
 def little_data(common=common):
-    """common's embedded data sets of a twentieth of their sizes: attributes to set."""
-    glyphs = common.glyphs
+    """common's embedded data sets of a twentieth of their sizes, and energy distances of the first
+    500 examples: attributes to set."""
+    glyphs, distance = common.glyphs, common.energy_distance
     densities = {
         name: lambda n, g, draw=draw: draw(n // 20, g) for name, draw in common.DENSITIES.items()
     }
-    return {"glyphs": lambda n, seed: glyphs(n // 20, seed), "DENSITIES": densities}
+    little = {"glyphs": lambda n, seed: glyphs(n // 20, seed), "DENSITIES": densities}
+    return little | {"energy_distance": lambda x, y: distance(x[:500], y[:500])}
 
 
 @pytest.fixture
