@@ -135,9 +135,8 @@ def parse(config_class, presets, argv=None):
             raise UserError(f"{path} has the unknown setting {min(unknown)}: from another version?")
         of_its_run = {"out": None, "resume": False, "sample": None, "num_samples": 0}
         for key in explicit.keys() & set(config_class.learned):
-            if explicit[key] != saved[key]:
-                flag = "--" + key.replace("_", "-")
-                raise UserError(f"{path} learned with {flag} {saved[key]}: leave out {flag}")
+            if explicit[key] != saved.get(key):
+                raise UserError(f"{path} learned with --{key} {saved.get(key)}: leave out --{key}")
         cfg = config_class(**saved | of_its_run | explicit)
     if cfg.resume:
         if cfg.dataset != saved["dataset"]:
@@ -571,11 +570,11 @@ class UNet(nn.Module):
         channels, mult, blocks: level i has channels * mult[i] channels and `blocks` blocks;
             each level halves the resolution of the one before.
         attention: the sides, of images with side `size`, at which levels get attention.
-        frequency: the fastest of the embedding of t: see `time_embedding`.
         attend: (channels, heads) -> a module f(h, context) to stand where attention would; forward
             hands it its `context`.
         patch: all this sees patches of patch x patch pixels as channels, and sides count patches;
             one more block, of half as many channels, sees the pixels themselves.
+        frequency: the fastest of the embedding of t: see `time_embedding`.
     """
 
     def __init__(
