@@ -136,7 +136,8 @@ def parse(config_class, presets, argv=None):
         of_its_run = {"out": None, "resume": False, "sample": None, "num_samples": 0}
         for key in explicit.keys() & set(config_class.learned):
             if explicit[key] != saved.get(key):
-                raise UserError(f"{path} learned with --{key} {saved.get(key)}: leave out --{key}")
+                flag = f"--{key.replace('_', '-')}"
+                raise UserError(f"{path} learned with {flag} {saved.get(key)}: leave out {flag}")
         cfg = config_class(**saved | of_its_run | explicit)
     if cfg.resume:
         if cfg.dataset != saved["dataset"]:
@@ -250,7 +251,7 @@ class Data:
     def __post_init__(self):
         self.is_image = self.train.dtype == torch.uint8
         self.shape = tuple(self.train.shape[1:])
-        self.num_classes = int(self.train_labels.max()) + 1
+        self.num_classes = int(max(self.train_labels.max(), self.test_labels.max())) + 1
 
     def batch(self, n):
         """n training examples (x, y), drawn with replacement from the device's random stream."""
@@ -678,16 +679,16 @@ SMALL_UNET = {  # for small images in minutes of a CPU; see "Small networks" in 
 }
 
 
-def network(cfg, data, in_channels=None, frequency=30):
+def network(cfg, data, in_channels=None, frequency=30, num_classes=0):
     """The MLP or the U-Net for the data, shaped by cfg's width, blocks, mult, attention, patch."""
     if any(side % cfg.patch for side in data.shape[1:] or (1,)):
         raise UserError(f"--patch {cfg.patch} does not divide examples of the shape {data.shape}")
     if not data.is_image:
-        return MLP(data.shape[0], width=cfg.width, blocks=cfg.blocks)
+        return MLP(data.shape[0], None, cfg.width, cfg.blocks, num_classes=num_classes)
     c, side, _ = data.shape
     shape = cfg.width, cfg.mult, cfg.blocks, cfg.attention or ()
-    options = {"dropout": cfg.dropout, "patch": cfg.patch, "frequency": frequency}
-    return UNet(in_channels or c, c, side, *shape, **options)
+    options = {"patch": cfg.patch, "frequency": frequency, "num_classes": num_classes}
+    return UNet(in_channels or c, c, side, *shape, dropout=cfg.dropout, **options)
 
 
 def group_norm(channels):

@@ -15,8 +15,9 @@ Departures  1. App. E.1 prints the score's target and s = eps / sigma_t without 
             4. In 2-D a residual MLP with Fourier features, not 5 layers of 512 units.
             5. How v_t sees the low-resolution image is not stated: as further channels.
             6. Training, too, is on dequantised images. 391k steps are Table 3's, not 1000 epochs.
-            7. On small images the U-Net sees patches of 2 x 2 pixels and its kernels are trained
-               by Muon, not Adam: both make more of ten minutes of a CPU.
+            7. Small images: the U-Net sees patches of 2 x 2 pixels, and the class y of an image, as
+               v_t(x | y), and its kernels are trained by Muon. All make more of ten minutes of a
+               CPU. The paper's models see no class, nor do those of 2-D data and CIFAR-10 here.
 Run         python flow_matching.py                                checkerboard
             python flow_matching.py --dataset mnist                digits
             python flow_matching.py --compare                      evaluations against error
@@ -53,7 +54,8 @@ class Config(common.Config):
     nll_examples: Natural = 10_000  # held-out examples whose likelihood is computed
     nll_samples: Count = 1  # K dequantisations per image (App. E.2, Table 4: 1, 20, 50)
     divergence: Literal["exact", "rademacher", "gaussian"] = "exact"  # exact, or Eq. 34's probe z
-    upsample: Count = 1  # super-resolution by this factor (Sec. 6.3); 1 = unconditional
+    class_conditional: bool = False  # the field sees an example's class: v_t(x | y)
+    upsample: Count = 1  # super-resolution by this factor (Sec. 6.3); 1 = none
     compare: bool = False  # train every path and loss, print evaluations against error (Sec. 6.2)
     width: Count = 128  # units of the MLP, or base channels of the U-Net
     blocks: Count = 2  # residual blocks, of the MLP or of each level of the U-Net
@@ -62,12 +64,15 @@ class Config(common.Config):
     patch: Count = 1  # side of the patches of pixels that the U-Net sees as channels
     dropout: common.Fraction = 0.0  # of the U-Net
 
+    learned = (*common.Config.learned, "class_conditional")
+
 
 SMALL_IMAGES = common.SMALL_UNET | {  # minutes on two cores
     "steps": 6_500,
     "tol": 1e-4,
     "nll_examples": 128,
     "divergence": "rademacher",
+    "class_conditional": True,
 }
 PRESETS = {
     "glyphs": SMALL_IMAGES,
@@ -313,9 +318,25 @@ def low_resolution(x, factor):
     return F.interpolate(small, size=x.shape[2:], mode="bicubic")
 
 
-def conditioned(net, low):
-    """Super-resolution's v_t(x | low), Sec. 6.3: the low-resolution image as further channels."""
-    return net if low is None else lambda x, t: net(torch.cat([x, low], dim=1), t)
+def conditioned(net, y=None, low=None):
+    """net's v_t(x | y, low), as a field: a class y (B,), and Sec. 6.3's low-resolution image as
+    further channels. Either may be None."""
+    classes = () if y is None else (y,)
+    return lambda x, t: net(x if low is None else torch.cat([x, low], dim=1), t, *classes)
+
+
+def draw_classes(data, n):
+    """n classes, (n,), of the training set's frequencies."""
+    return data.train_labels[torch.randint(len(data.train_labels), (n,), device=data.train.device)]
+
+
+def log_prob_class(y, data):
+    """log p(y) in nats, (B,), from the training set's counts, and one for each class.
+
+    log p(x | y) + log p(y) = log p(x, y) <= log p(x).
+    """
+    counts = 1 + torch.bincount(data.train_labels, minlength=data.num_classes)
+    return torch.log(counts / counts.sum())[y]
 
 
 # ---- Training and evaluation --------------------------------------------------------------------
@@ -324,13 +345,13 @@ def conditioned(net, low):
 def train(cfg, run, data, path):
     """Regress v_t(psi_t(x_0)) on d psi_t(x_0) / dt: Sec. 3.2 and Sec. 4."""
     loss_of = LOSSES[cfg.objective]
-    for x_1, _ in run.batches(data):  # x_1 ~ q
+    for x_1, y in run.batches(data):  # x_1 ~ q
         low = low_resolution(x_1, cfg.upsample) if cfg.upsample > 1 else None
         if data.is_image:
             x_1 = common.dequantize(x_1)
         x_0 = torch.randn_like(x_1)  # x_0 ~ N(0, I), (B, ...)
         t = path.t_max * torch.rand(len(x_1), device=x_1.device)  # t ~ U[0, t_max], (B,)
-        net = conditioned(run.model, low)
+        net = conditioned(run.model, y if cfg.class_conditional else None, low)
         f = path.field(net) if cfg.objective == "cfm" else net
         loss = loss_of(f, x_0, x_1, t, path)  # Eq. 14, or App. E.1
         run.step(loss)
@@ -338,26 +359,31 @@ def train(cfg, run, data, path):
 
 def evaluate_vectors(cfg, run, data, path):
     """2-D data: likelihood against the entropy, energy distance, and Fig. 4's picture."""
-    v = vector_field(run.ema, path, cfg.objective)
-    test = data.test[: cfg.nll_examples]
+    test, y = data.test[: cfg.nll_examples], data.test_labels[: cfg.nll_examples]
     if len(test):
+        v = field(cfg, run.ema, path, y)
         tolerances = {"rtol": cfg.tol, "atol": cfg.tol}
         log_p, nfe = log_prob(v, test, path, probe(test, cfg.divergence), **tolerances)
+        if cfg.class_conditional:
+            log_p = log_p + log_prob_class(y, data)
         figures = {"nll": -log_p.mean().item(), "standard_error": common.standard_error(log_p)}
         if data.entropy is not None:
             figures |= {"entropy": data.entropy, "gap": figures["nll"] - data.entropy}
         run.report("test", **figures, nll_evaluations=nfe)
     x_0 = torch.randn(50_000, *data.shape, device=run.device)
-    x_1, nfe = sample(v, x_0, path, **common.solver_options(cfg))
+    y = draw_classes(data, len(x_0))
+    x_1, nfe = sample(field(cfg, run.ema, path, y), x_0, path, **common.solver_options(cfg))
     distance = common.energy_distance(x_1[:5_000], data.test[:5_000])
     run.report("samples", energy_distance=distance, sampling_evaluations=nfe)
     bound = 1.3 * data.test[:10_000].abs().max().item()
     panels = [("data", common.density_image(data.test[:50_000], bound))]
     times = torch.linspace(0, path.t_max, 5)
+    v = field(cfg, run.ema, path, y[:20_000])
     frames, _ = sample(v, x_0[:20_000], path, times[:-1], method="rk4", steps=5)  # (4, N, 2)
     for t, x_t in zip(times.tolist(), [*frames, x_1], strict=True):
         panels.append((f"t = {t:.2f}", common.density_image(x_t, bound)))
-    lines, _ = sample(v, x_0[:300], path, torch.linspace(0, path.t_max, 41), method="rk4", steps=5)
+    v, times = field(cfg, run.ema, path, y[:300]), torch.linspace(0, path.t_max, 41)
+    lines, _ = sample(v, x_0[:300], path, times, method="rk4", steps=5)
     panels.append(("paths", common.trajectory_image(lines, bound)))
     common.save_panels(run.folder / "samples.png", panels)
 
@@ -365,11 +391,11 @@ def evaluate_vectors(cfg, run, data, path):
 def evaluate_images(cfg, run, data, path):
     """Images: a grid of samples, test bits per dimension; for super-resolution also PSNR."""
     c, h, w = data.shape
-    test = common.to_float(data.test[: max(64, cfg.nll_examples)])
+    test, y = common.to_float(data.test[: max(64, cfg.nll_examples)]), data.test_labels
     low = low_resolution(test, cfg.upsample) if cfg.upsample > 1 else None
     shown = None if low is None else low[:16]
     x_0 = torch.randn(64 if low is None else len(shown), c, h, w, device=run.device)
-    v = vector_field(conditioned(run.ema, shown), path, cfg.objective)
+    v = field(cfg, run.ema, path, draw_classes(data, 64) if low is None else y[:16], shown)
     x, nfe = sample(v, x_0, path, **common.solver_options(cfg))
     run.report("samples", sampling_evaluations=nfe)
     if low is not None:
@@ -379,11 +405,12 @@ def evaluate_images(cfg, run, data, path):
 
     log_ps = []
     for i in range(0, min(cfg.nll_examples, len(test)), 64):
-        x_1 = test[i : min(i + 64, cfg.nll_examples)]
-        net = conditioned(run.ema, None if low is None else low[i : i + len(x_1)])
-        v, z = vector_field(net, path, cfg.objective), probe(x_1, cfg.divergence)
+        part = slice(i, min(i + 64, cfg.nll_examples))
+        x_1, z = test[part], probe(test[part], cfg.divergence)
+        v = field(cfg, run.ema, path, y[part], None if low is None else low[part])
         log_p = functools.partial(log_prob, v, path=path, z=z, rtol=cfg.tol, atol=cfg.tol)
-        log_ps.append(k_sample_log_prob(lambda x, f=log_p: f(x)[0], x_1, cfg.nll_samples))
+        log_p = k_sample_log_prob(lambda x, f=log_p: f(x)[0], x_1, cfg.nll_samples)
+        log_ps.append(log_p + log_prob_class(y[part], data) if cfg.class_conditional else log_p)
     if log_ps:
         bpd = common.bits_per_dim(torch.cat(log_ps), c * h * w)  # App. C
         figures = {"bits_per_dim": bpd.mean().item(), "standard_error": common.standard_error(bpd)}
@@ -396,10 +423,16 @@ def psnr(x, reference):
     return (10 * torch.log10(4 / mse)).mean().item()
 
 
+def field(cfg, net, path, y=None, low=None):
+    """The trained field v_t(x | y, low); of an unconditional model v_t(x | low)."""
+    net = conditioned(net, y if cfg.class_conditional else None, low)
+    return vector_field(net, path, cfg.objective)
+
+
 def draw(cfg, run, data, path, n):
-    """n unconditional samples."""
-    v = vector_field(run.ema, path, cfg.objective)
+    """n samples, of classes as frequent as in the training set."""
     x_0 = torch.randn(n, *data.shape, device=run.device)
+    v = field(cfg, run.ema, path, draw_classes(data, n))
     return sample(v, x_0, path, **common.solver_options(cfg))[0]
 
 
@@ -442,7 +475,8 @@ def prepare(cfg):
     check(cfg, data)
     path = OT(cfg.sigma_min) if cfg.path == "ot" else PATHS[cfg.path]()
     inputs = data.shape[0] * (1 if cfg.upsample == 1 else 2)  # with the low-resolution channels
-    net = common.network(cfg, data, in_channels=inputs)
+    classes = data.num_classes if cfg.class_conditional else 0
+    net = common.network(cfg, data, in_channels=inputs, num_classes=classes)
     return common.Run(cfg, net, device, optimizer=cfg.optimizer), data, path
 
 
@@ -463,6 +497,8 @@ def main(cfg):
             raise UserError("--compare trains anew, in one process, and writes no samples")
         if cfg.dataset not in common.DENSITIES:
             raise UserError("--compare is made for 2-D data: --dataset checkerboard, or its like")
+        if cfg.class_conditional:
+            raise UserError("--compare is of unconditional models: leave out --class-conditional")
         compare(cfg)
         return
     run, data, path = prepare(cfg)

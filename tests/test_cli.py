@@ -88,6 +88,20 @@ def test_super_resolution(run, pictures):
     assert "psnr_bicubic" in out
 
 
+def test_classes(run, refused):
+    """2-D points by class; images are by class unless they are told not to be."""
+    code, _, err = run(*FM, "--class-conditional", "--num-samples", "6")
+    assert code == 0, err
+    saved = Path("runs/flow_matching-checkerboard/checkpoint.pt")
+    assert "label.weight" in torch.load(saved, weights_only=True)["model"]
+    refused("learned with --class-conditional True", "flow_matching", "--sample", saved,
+            "--no-class-conditional")  # fmt: skip
+    assert run("--resume", "--steps", "3")[0] == 0
+    code, _, err = run(*FM_IMAGES, "--dataset", "glyphs", "--no-class-conditional", "--out", "none")
+    assert code == 0, err
+    assert "label.weight" not in torch.load("none/checkpoint.pt", weights_only=True)["model"]
+
+
 def test_few_test_images(run, pictures):
     """Fewer held-out images than the picture and the likelihood would like."""
     images = pictures(n=30)
@@ -224,6 +238,7 @@ BAD_FLAGS = [
     ("--seed 99999999999999999999", "at least 0"),
     ("--image-size 10000000 --dataset glyphs", "from 1 to 4096"),
     ("--compare --num-samples 3", "--compare trains anew"),
+    ("--compare --class-conditional", "unconditional models"),
     ("--lr 1e30 --clip 1e30 --steps 60 --nll-examples 0", "(loss is|not finite)"),
 ]
 

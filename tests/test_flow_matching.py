@@ -361,7 +361,7 @@ def test_low_resolution():
     assert low.shape == x.shape
     assert low.var() < 0.3 * x.var()
     assert fm.low_resolution(x, 2).var() > 2 * low.var()  # a smaller factor keeps more
-    seen = fm.conditioned(lambda x, t: x, low)(x, torch.rand(2))
+    seen = fm.conditioned(lambda x, t: x, low=low)(x, torch.rand(2))
     assert torch.equal(seen, torch.cat([x, low], dim=1))
 
 
@@ -372,7 +372,7 @@ def test_super_resolution_is_shown_in_training_what_it_is_shown_in_sampling(tmp_
     monkeypatch.setattr(
         fm,
         "conditioned",
-        lambda net, low: shown.append(low) or (lambda x, t: net(torch.cat([x, low], dim=1), t)),
+        lambda net, y, low: shown.append(low) or (lambda x, t: net(torch.cat([x, low], dim=1), t)),
     )
     x, y = torch.full((4, 1, 8, 8), 77, dtype=torch.uint8), torch.zeros(4, dtype=torch.int64)
     settings = {"dataset": "pictures", "out": str(tmp_path), "device": "cpu", "steps": 2}
@@ -397,14 +397,18 @@ def test_bits_per_dim_of_the_standard_normal(tmp_path):
     cfg = fm.Config(**settings, width=8, mult=(1, 1), blocks=1, nll_examples=70, tol=1e-3)
     cfg.divergence = "rademacher"
     grey = torch.full((70, 3, 4, 4), 127, dtype=torch.uint8)  # within 1/128 of zero
-    data = common.Data("grey", grey, torch.zeros(70), grey, torch.zeros(70))
+    y = torch.arange(70) % 2
+    data = common.Data("grey", grey, y, grey, y)
     path = OT()
-    net = common.network(dataclasses.replace(cfg, attention=None), data)
-    run = common.Run(cfg, net, torch.device("cpu"))
-    fm.evaluate_images(cfg, run, data, path)
-    record = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
-    assert record["examples"] == 70
-    assert record["bits_per_dim"] == pytest.approx(7 + math.log2(2 * math.pi) / 2, abs=1e-4)
+    for classes in (0, 2):
+        cfg.class_conditional = classes > 0
+        net = common.network(dataclasses.replace(cfg, attention=None), data, num_classes=classes)
+        run = common.Run(cfg, net, torch.device("cpu"))
+        fm.evaluate_images(cfg, run, data, path)
+        record = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
+        assert record["examples"] == 70
+        expected = 7 + math.log2(2 * math.pi) / 2 + math.log2(max(1, classes)) / 48  # - log2 p(y)
+        assert record["bits_per_dim"] == pytest.approx(expected, abs=1e-4)
 
 
 def test_training_draws_times_and_data_as_it_should(tmp_path, monkeypatch):
@@ -427,6 +431,90 @@ def test_training_draws_times_and_data_as_it_should(tmp_path, monkeypatch):
     assert t.mean().item() == pytest.approx(0.5, abs=0.065)  # five standard errors
     offset = (x_1 + 1) * 128 % 1  # within its bin: uniform, not in the middle
     assert offset.std().item() == pytest.approx(12**-0.5, rel=0.01)
+
+
+# ---- Classes ------------------------------------------------------------------------------------
+
+
+def two_classes():
+    """Class 0 is N(m_0, s² I), class 1 N(m_1, s² I), p(y = 0) = 1/4: the exact v_t(x | y)."""
+    means, s = torch.tensor([[1.0, -2.0], [0.5, 1.5]]), 0.3
+
+    def v(x, t, y):
+        t = t[:, None]
+        a, variance = means[y], (1 - t) ** 2 + (t * s) ** 2  # of OT's path with sigma_min = 0
+        return a + (t * s**2 - (1 - t)) / variance * (x - t * a)
+
+    y = (torch.arange(398) % 4 > 0).long()  # counts + 1: 101 and 299 of 400
+    data = common.Data("two", means[y], y, means[y], y)
+    return v, means, s, data
+
+
+def test_joint_likelihood_of_classes_adds_up_to_the_marginal():
+    v, means, s, data = two_classes()
+    x, joint = torch.randn(20, 2), []
+    for y in torch.zeros(20).long(), torch.ones(20).long():
+        f = fm.conditioned(v, y)
+        log_p, _ = fm.log_prob(f, x, OT(0.0), rtol=1e-10, atol=1e-10)
+        joint.append(log_p + fm.log_prob_class(y, data))
+    normal = torch.distributions.Normal(means[:, None], s)
+    weights = torch.tensor([[101 / 400], [299 / 400]])
+    exact = (normal.log_prob(x).sum(2).exp() * weights).sum(0).log()
+    marginal = torch.stack(joint).logsumexp(0)
+    assert_close(marginal, exact, rtol=0, atol=1e-7)  # the solver's tolerance, times its steps
+
+
+def test_samples_are_of_their_classes_and_these_as_frequent_as_in_the_data():
+    v, means, s, data = two_classes()
+    y = fm.draw_classes(data, 20_000)
+    assert (y == 0).double().mean().item() == pytest.approx(100 / 398, abs=0.016)  # 5 s.e.
+    x, _ = fm.sample(fm.conditioned(v, y), torch.randn(20_000, 2), OT(0.0), rtol=1e-6, atol=1e-6)
+    for k in (0, 1):
+        n = (y == k).sum()
+        assert_close(x[y == k].mean(0), means[k], rtol=0, atol=5 * s / n.item() ** 0.5)
+        assert_close(x[y == k].T.cov(), s**2 * torch.eye(2), rtol=0, atol=0.008)  # 6 s.e.
+
+
+def test_a_class_without_training_examples_has_a_probability():
+    y = torch.tensor([0, 0, 1])
+    data = common.Data("few", torch.zeros(3, 2), y, torch.zeros(3, 2), torch.tensor([0, 1, 2]))
+    assert data.num_classes == 3
+    log_p = fm.log_prob_class(torch.arange(3), data)
+    assert_close(log_p.exp(), torch.tensor([3 / 6, 2 / 6, 1 / 6]))
+
+
+def test_training_and_evaluation_show_the_class_of_each_image(tmp_path, monkeypatch):
+    """Images of class k are of level 30 k: whoever is shown x_1 must be shown its class."""
+    torch.set_default_dtype(torch.float32)
+    y = torch.arange(80) % 8
+    x = (30 * y).byte()[:, None, None, None].expand(80, 1, 8, 8).contiguous()
+    data = common.Data("levels", x, y, x.flip(0), y.flip(0))
+    settings = {"dataset": "pictures", "out": str(tmp_path), "device": "cpu", "steps": 2}
+    settings |= {"width": 8, "mult": (1, 1), "blocks": 1, "nll_examples": 70}
+    cfg = fm.Config(**settings, batch_size=16, class_conditional=True, divergence="rademacher")
+    run = common.Run(cfg, common.network(cfg, data, num_classes=8), torch.device("cpu"))
+    shown, pairs = [], []
+
+    def conditioned(net, y=None, low=None):
+        shown.append(y)
+        return lambda x, t: net(x, t, y)
+
+    def log_prob(v, x_1, path, **_):
+        pairs.append((x_1, shown[-1]))
+        return torch.zeros(len(x_1)), 0
+
+    def loss(v, x_0, x_1, t, path):
+        pairs.append((x_1, shown[-1]))
+        return v(x_0, t).square().mean()
+
+    monkeypatch.setattr(fm, "conditioned", conditioned)
+    monkeypatch.setattr(fm, "log_prob", log_prob)
+    monkeypatch.setitem(fm.LOSSES, "cfm", loss)
+    fm.train(cfg, run, data, OT())
+    fm.evaluate_images(cfg, run, data, OT())
+    assert [len(x_1) for x_1, _ in pairs] == [16, 16, 64, 6]
+    for x_1, y in pairs:
+        assert torch.equal(common.to_uint8(x_1)[:, 0, 0, 0], 30 * y)
 
 
 # ---- Devices and learning -----------------------------------------------------------------------
