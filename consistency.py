@@ -64,6 +64,7 @@ class Config(common.Config):
     metric: Literal["l1", "l2", "huber"] | None = None  # d(x, y); none: l2, ict huber
     weighting: Literal["one", "step"] | None = None  # 1 or 1 / (t_{n+1} - t_n); none: ct one
     sigma_data: Positive = 1.0  # standard deviation of the data; images 0.5 (App. C)
+    class_conditional: bool = False  # all networks see an example's class
     nfe: Count = 2  # evaluations of multistep sampling (Alg. 1); figures are for 1, 2, ... nfe
     examples: Count = 30_000  # samples per energy distance
     compare: bool = False  # train by cd, ict and ct and print a table
@@ -75,11 +76,14 @@ class Config(common.Config):
     dropout: Fraction = 0.0  # of the U-Net (Table 3); one mask for both networks (iCT)
     teacher_dropout: Fraction = 0.0  # of the teacher
 
+    learned = (*common.Config.learned, "class_conditional")
+
 
 # fmt: off
 SMALL_IMAGES = common.SMALL_UNET | {  # minutes on two cores
-    "steps": 2_400, "teacher_steps": 6_000, "teacher_lr": 1e-3, "sigma_data": 0.5,
-    "P_mean": 0.0, "examples": 500,
+    "steps": 1_500, "teacher_steps": 3_000, "batch_size": 64, "teacher_lr": 1e-3,
+    "attention": (7, 8), "sigma_data": 0.5, "P_mean": 0.0, "examples": 500,
+    "class_conditional": True,
 }
 PRESETS = dict.fromkeys(("glyphs", "mnist", "fashion_mnist", "folder"), SMALL_IMAGES) | {
     "cifar10": {  # Table 3 (cd, ct)
@@ -350,8 +354,8 @@ class Networks(nn.Module):
         self.target = copy.deepcopy(online).requires_grad_(False)
         self.teacher = teacher and teacher.requires_grad_(False)
 
-    def forward(self, x, t, name="online"):
-        return getattr(self, name)(x, t)
+    def forward(self, x, t, y, name="online"):
+        return getattr(self, name)(x, t, y)
 
     def start_from(self, teacher):
         """All three take the weights of a trained teacher (App. C)."""
@@ -364,11 +368,13 @@ class Networks(nn.Module):
         pair = [list(net.parameters()) for net in (self.target, self.online)]
         torch._foreach_lerp_(*pair, 1 - mu)  # Eq. 8
 
-    def functions(self, cfg, call=None):
-        """f, f_target and D of these networks, called through `call` (Run.model in training)."""
+    def functions(self, cfg, y, call=None):
+        """f, f_target and D of these networks for examples of the classes y (B,), which count with
+        cfg.class_conditional alone; called through `call` (Run.model in training)."""
+        y = y if cfg.class_conditional else None
 
         def net(name):
-            return lambda x, t: (call or self)(x, t, name)
+            return lambda x, t: (call or self)(x, t, y, name)
 
         f, f_target = (parameterised(net(name), cfg.sigma_data) for name in ("online", "target"))
         return f, f_target, parameterised(net("teacher"), cfg.sigma_data, eps=0.0)
@@ -393,11 +399,11 @@ def schedule(cfg, k):
 
 def train(cfg, run, data, d=None):
     """Alg. 2, Alg. 3 and improved consistency training; d replaces the metric, say by LPIPS."""
-    f, f_target, D = run.net.functions(cfg, run.model)
     d = d or METRICS[cfg.metric or ("huber" if cfg.method == "ict" else "l2")]
     weighting = cfg.weighting or ("one" if cfg.method == "ct" else "step")
     grids = functools.cache(lambda N: karras_grid(N).to(run.device))
-    for x, _ in run.batches(data):  # x ~ p_data
+    for x, y in run.batches(data):  # x ~ p_data
+        f, f_target, D = run.net.functions(cfg, y, run.model)
         k = run.done
         if k:  # here, since run.step has saved before it could be done
             run.net.update_target(schedule(cfg, k - 1)[1])  # Eq. 8
@@ -417,15 +423,20 @@ def train(cfg, run, data, d=None):
         run.step(loss)
 
 
+def network(cfg, data):
+    return common.network(cfg, data, num_classes=data.num_classes if cfg.class_conditional else 0)
+
+
 def train_teacher(cfg, device, data):
     """The EDM that is distilled, a stage of its own -> its averaged network."""
-    net = common.network(dataclasses.replace(cfg, dropout=cfg.teacher_dropout), data)
+    net = network(dataclasses.replace(cfg, dropout=cfg.teacher_dropout), data)
     optimizer = "adam" if cfg.optimizer == "radam" else "muon"
     run = common.Run(cfg, net, device, stage="teacher", optimizer=optimizer)
     steps = cfg.teacher_steps
     run.cfg = dataclasses.replace(cfg, steps=steps, lr=cfg.teacher_lr, warmup=steps // 20)
-    D = parameterised(run.model, cfg.sigma_data, eps=0.0)
-    for x, _ in run.batches(data):
+    for x, y in run.batches(data):
+        y = y if cfg.class_conditional else None
+        D = parameterised(lambda x, t, y=y: run.model(x, t, y), cfg.sigma_data, eps=0.0)
         run.step(edm_loss(D, x, torch.randn_like(x), cfg.P_mean, sigma_data=cfg.sigma_data))
     return run.ema
 
@@ -433,8 +444,8 @@ def train_teacher(cfg, device, data):
 def prepare(cfg, device, data):
     """The run, ready for `train`: with cd its teacher is trained first, and is its start."""
     plain = dataclasses.replace(cfg, dropout=0.0)
-    teacher = common.network(plain, data) if cfg.method == "cd" else None
-    nets = Networks(common.network(cfg, data), teacher)
+    teacher = network(plain, data) if cfg.method == "cd" else None
+    nets = Networks(network(cfg, data), teacher)
 
     def radam(parameters):
         trained = [p for p in parameters if p.requires_grad]
@@ -469,9 +480,10 @@ def distance(x, reference, blocks=10):
 
 def choose_times(cfg, run, data):
     """Greedy time points for cfg.nfe evaluations; the energy distance stands for the FID."""
-    f, _, _ = run.ema.functions(cfg)
     count = min(cfg.examples, 1_000 if data.is_image else 4_000)  # at once through the network
-    reference = data.batch(count)[0].flatten(1)
+    reference, y = data.batch(count)
+    reference = reference.flatten(1)
+    f, _, _ = run.ema.functions(cfg, y)
     x_T = T * torch.randn(len(reference), *data.shape, device=run.device)
 
     def score(x):
@@ -484,19 +496,23 @@ def choose_times(cfg, run, data):
 
 def evaluate(cfg, run, data, times):
     """Noise x_T, and {title: (samples from it, energy distance to held-out data, its error)}."""
-    f, _, D = run.ema.functions(cfg)
     x_T = T * torch.randn(cfg.examples, *data.shape, device=run.device)
+    y = data.draw_labels(cfg.examples)
     test = common.to_float(data.test[: max(cfg.examples, 10_000)])
-    samplers = {"data": (0, lambda x: data.batch(len(x))[0])}  # the floor: other points of it
+    samplers = {"data": (0, lambda x, f, D: data.batch(len(x))[0])}  # the floor: other points of it
     if cfg.method == "cd":
         grid = karras_grid(18)  # Karras et al. 2022
-        samplers["teacher, 34 evaluations"] = 34, lambda x: solve_ode(D, x, grid)
+        samplers["teacher, 34 evaluations"] = 34, lambda x, f, D: solve_ode(D, x, grid)
     for k in range(1, cfg.nfe + 1):
         title = f"{k} evaluation{'s' * (k > 1)}"
-        samplers[title] = k, lambda x, k=k: sample(f, x, times[: k - 1])
+        samplers[title] = k, lambda x, f, D, k=k: sample(f, x, times[: k - 1])
     results = {}
     for title, (nfe, draw) in samplers.items():
-        x = torch.cat([draw(part) for part in x_T.split(cfg.batch_size)])
+        parts = []
+        for noise, classes in zip(x_T.split(cfg.batch_size), y.split(cfg.batch_size), strict=True):
+            f, _, D = run.ema.functions(cfg, classes)
+            parts.append(draw(noise, f, D))
+        x = torch.cat(parts)
         value, error = distance(x, test)
         run.report(title, evaluations=nfe, energy_distance=value, standard_error=error)
         results[title] = x, value, error
@@ -572,6 +588,13 @@ def compare(cfg, data, device):
     print("\n".join(rows))
 
 
+def draw(cfg, run, data, times, n):
+    """n samples, of classes as frequent as in the training set."""
+    x_T = T * torch.randn(n, *data.shape, device=run.device)
+    f, _, _ = run.ema.functions(cfg, data.draw_labels(n))
+    return sample(f, x_T, times)
+
+
 # ---- The command line ---------------------------------------------------------------------------
 
 
@@ -603,20 +626,19 @@ def main(cfg):
         train(cfg, run, data)
     if not run.finish():
         return
-    f, _, _ = run.ema.functions(cfg)
     times = choose_times(cfg, run, data)
     x_T, results = evaluate(cfg, run, data, times)
     if data.is_image:
         panels = [(title, tile(x[:64], 8)) for title, (x, *_) in results.items()]
         common.save_panels(run.folder / "samples.png", panels)
+        f, _, _ = run.ema.functions(cfg, data.test_labels[:8])
         edited = picture_editing(f, common.to_float(data.test[:8]))
         common.save_panels(run.folder / "editing.png", edited)
         run.say(f"see {run.folder / 'editing.png'}")
     else:
         picture_vectors(run, x_T, results)
     if cfg.num_samples:
-        noise = functools.partial(torch.randn, device=device)
-        run.write_samples(lambda n: sample(f, T * noise(n, *data.shape), times))
+        run.write_samples(lambda n: draw(cfg, run, data, times, n))
     run.say(f"see {run.folder / 'samples.png'}")
 
 

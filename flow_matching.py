@@ -68,7 +68,9 @@ class Config(common.Config):
 
 
 SMALL_IMAGES = common.SMALL_UNET | {  # minutes on two cores
-    "steps": 6_500,
+    "steps": 3_300,
+    "batch_size": 64,
+    "attention": (7, 8),
     "tol": 1e-4,
     "nll_examples": 128,
     "divergence": "rademacher",
@@ -325,11 +327,6 @@ def conditioned(net, y=None, low=None):
     return lambda x, t: net(x if low is None else torch.cat([x, low], dim=1), t, *classes)
 
 
-def draw_classes(data, n):
-    """n classes, (n,), of the training set's frequencies."""
-    return data.train_labels[torch.randint(len(data.train_labels), (n,), device=data.train.device)]
-
-
 def log_prob_class(y, data):
     """log p(y) in nats, (B,), from the training set's counts, and one for each class.
 
@@ -371,7 +368,7 @@ def evaluate_vectors(cfg, run, data, path):
             figures |= {"entropy": data.entropy, "gap": figures["nll"] - data.entropy}
         run.report("test", **figures, nll_evaluations=nfe)
     x_0 = torch.randn(50_000, *data.shape, device=run.device)
-    y = draw_classes(data, len(x_0))
+    y = data.draw_labels(len(x_0))
     x_1, nfe = sample(field(cfg, run.ema, path, y), x_0, path, **common.solver_options(cfg))
     distance = common.energy_distance(x_1[:5_000], data.test[:5_000])
     run.report("samples", energy_distance=distance, sampling_evaluations=nfe)
@@ -395,7 +392,7 @@ def evaluate_images(cfg, run, data, path):
     low = low_resolution(test, cfg.upsample) if cfg.upsample > 1 else None
     shown = None if low is None else low[:16]
     x_0 = torch.randn(64 if low is None else len(shown), c, h, w, device=run.device)
-    v = field(cfg, run.ema, path, draw_classes(data, 64) if low is None else y[:16], shown)
+    v = field(cfg, run.ema, path, data.draw_labels(64) if low is None else y[:16], shown)
     x, nfe = sample(v, x_0, path, **common.solver_options(cfg))
     run.report("samples", sampling_evaluations=nfe)
     if low is not None:
@@ -432,7 +429,7 @@ def field(cfg, net, path, y=None, low=None):
 def draw(cfg, run, data, path, n):
     """n samples, of classes as frequent as in the training set."""
     x_0 = torch.randn(n, *data.shape, device=run.device)
-    v = field(cfg, run.ema, path, draw_classes(data, n))
+    v = field(cfg, run.ema, path, data.draw_labels(n))
     return sample(v, x_0, path, **common.solver_options(cfg))[0]
 
 

@@ -465,6 +465,18 @@ def test_unet_shapes(size, mult):
     assert_close(channels_last[:1], alone, rtol=1e-4, atol=1e-4)
 
 
+def test_attention_in_bfloat16_is_the_same():
+    """Values and gradients; bfloat16 has 8 bits, and weights sum to one: two roundings of 2^-8."""
+    q, k, v = torch.randn(3, 2, 4, 49, 16).requires_grad_()
+    fused = common.dot_product_attention(q, k, v)
+    half = common.dot_product_attention(*(z.bfloat16() for z in (q, k, v)))
+    assert_close(half.float(), fused, rtol=0, atol=2**-7 * v.abs().max().item())
+    g = torch.randn_like(fused)
+    exact = torch.autograd.grad(fused, (q, k, v), g)
+    for a, b in zip(torch.autograd.grad(half.float(), (q, k, v), g), exact, strict=True):
+        assert_close(a, b, rtol=0, atol=0.03 * b.abs().max().item())
+
+
 def test_unet_of_patches():
     """A U-Net of the patches' pixels as channels, whose result a block sees beside the pixels."""
     shape = {"channels": 8, "mult": (1, 2), "blocks": 1, "attention": (4,)}

@@ -453,10 +453,10 @@ def test_networks_compile_without_a_break_and_run_in_bfloat16(tmp_path, pictures
     x, t = torch.randn(2, 3, 8, 8), torch.rand(2)
     compiled = torch.compile(run.net.eval(), backend="eager", fullgraph=True)
     for name in ("online", "teacher"):
-        assert_close(compiled(x, t, name), run.net(x, t, name))
+        assert_close(compiled(x, t, None, name), run.net(x, t, None, name))
     cm.train(cfg, run, data)
     assert run.done == 1
-    assert run.model(x, t).dtype == torch.float32
+    assert run.model(x, t, None).dtype == torch.float32
 
 
 def test_target_follows_the_online_network_and_the_teacher_stays(tmp_path, monkeypatch, single):
@@ -490,6 +490,50 @@ def test_target_follows_the_online_network_and_the_teacher_stays(tmp_path, monke
     pairs = {(a.item(), b.item()) for t, t_next in drawn for a, b in zip(t, t_next, strict=True)}
     assert pairs <= set(zip(grid, grid[1:], strict=False))
     assert len(pairs) == 4  # every interval was drawn
+
+
+def test_every_network_sees_the_class_of_its_example(tmp_path, monkeypatch, single):
+    """Images of class k are of level 30 k: teacher, online and target network are told k."""
+    y = torch.arange(80) % 8
+    x = (30 * y).byte()[:, None, None, None].expand(80, 1, 8, 8).contiguous()
+    data = common.Data("levels", x, y, x, y)
+    settings = {"dataset": "pictures", "out": str(tmp_path), "steps": 2, "teacher_steps": 2}
+    settings |= {"width": 8, "mult": (1,), "blocks": 1, "batch_size": 16, "examples": 20}
+    cfg = cm.Config(**settings, class_conditional=True, attention=None, device="cpu")
+    shown, calls = [], []
+
+    def forward(net, x, t, y=None, context=None, inner=common.UNet.forward):
+        shown.append(y)
+        return inner(net, x, t, y, context)
+
+    def recorded(name):
+        inner = getattr(cm, name)
+
+        def loss(*arguments, **options):
+            shown.clear()
+            value = inner(*arguments, **options)
+            x = next(v for v in arguments if torch.is_tensor(v))
+            assert all(torch.equal(30 * y, common.to_uint8(x)[:, 0, 0, 0]) for y in shown)
+            calls.append((name, len(shown)))
+            return value
+
+        monkeypatch.setattr(cm, name, loss)
+
+    monkeypatch.setattr(common.UNet, "forward", forward)
+    for name in ("edm_loss", "cd_loss", "ct_loss"):
+        recorded(name)
+    run = cm.prepare(cfg, torch.device("cpu"), data)
+    cm.train(cfg, run, data)
+    shown.clear()
+    cm.evaluate(cfg, run, data, [1.0])
+    one, two = shown[-6:-4], shown[-4:]  # one evaluation of 16 and of 4, two of 16 and of 4
+    assert [len(y) for y in one + two] == [16, 4, 16, 16, 4, 4]
+    for i, j in ((0, 0), (0, 1), (1, 2), (1, 3)):  # a noise keeps its class
+        assert torch.equal(one[i], two[j])
+    other = dataclasses.replace(cfg, method="ct", out=str(tmp_path / "ct"))
+    cm.train(other, cm.prepare(other, torch.device("cpu"), data), data)
+    per_step = {"edm_loss": 1, "cd_loss": 4, "ct_loss": 2}  # cd: two of the teacher
+    assert calls == [(name, n) for name, n in per_step.items() for _ in range(2)]
 
 
 def test_energy_distance_and_its_error(single):

@@ -466,7 +466,7 @@ def test_joint_likelihood_of_classes_adds_up_to_the_marginal():
 
 def test_samples_are_of_their_classes_and_these_as_frequent_as_in_the_data():
     v, means, s, data = two_classes()
-    y = fm.draw_classes(data, 20_000)
+    y = data.draw_labels(20_000)
     assert (y == 0).double().mean().item() == pytest.approx(100 / 398, abs=0.016)  # 5 s.e.
     x, _ = fm.sample(fm.conditioned(v, y), torch.randn(20_000, 2), OT(0.0), rtol=1e-6, atol=1e-6)
     for k in (0, 1):
