@@ -134,11 +134,12 @@ def parse(config_class, presets, argv=None):
         if unknown := saved.keys() - kinds.keys():
             raise UserError(f"{path} has the unknown setting {min(unknown)}: from another version?")
         of_its_run = {"out": None, "resume": False, "sample": None, "num_samples": 0}
+        learned = config_class(**saved | of_its_run)
         for key in explicit.keys() & set(config_class.learned):
-            if explicit[key] != saved.get(key):
+            if explicit[key] != (value := getattr(learned, key)):
                 flag = f"--{key.replace('_', '-')}"
-                raise UserError(f"{path} learned with {flag} {saved.get(key)}: leave out {flag}")
-        cfg = config_class(**saved | of_its_run | explicit)
+                raise UserError(f"{path} learned with {flag} {value}: leave {flag} as it was")
+        cfg = dataclasses.replace(learned, **explicit)
     if cfg.resume:
         if cfg.dataset != saved["dataset"]:
             raise UserError(f"{path} was trained on {saved['dataset']}: leave out --dataset")
@@ -542,6 +543,8 @@ def time_embedding(t, dim, frequency=1000):
 class MLP(nn.Module):
     """Residual network on vectors: f(x, t, y=None), x (B, D), t (B,), y int64 (B,) -> (B, out_dim).
 
+    y counts with num_classes > 0 alone.
+
     Random Fourier features of x let so small a network resolve the sharp edges of a density.
     """
 
@@ -562,7 +565,7 @@ class MLP(nn.Module):
         h = self.input(torch.cat([x, angle.cos(), angle.sin()], dim=1))
         angle = t[:, None] * (math.pi * torch.arange(1, 17, dtype=t.dtype, device=t.device))
         h = h + self.time(torch.cat([angle.cos(), angle.sin()], dim=1))
-        if y is not None:
+        if self.label is not None:
             h = h + self.label(y)
         for block in self.blocks:
             h = h + block(h)
@@ -648,7 +651,7 @@ class UNet(nn.Module):
 
     def forward(self, x, t, y=None, context=None):
         emb = self.time(time_embedding(t, self.channels, self.frequency))
-        if y is not None:
+        if self.label is not None:
             emb = emb + self.label(y)
         emb = F.silu(emb)  # (B, 4 channels)
         h = self.stem(F.pixel_unshuffle(x, self.patch) if self.patch > 1 else x)

@@ -17,14 +17,13 @@ Departures  1. Alg. 4 with mask 1, as App. D states it for strokes, erases the s
                download; FID in the greedy search is the energy distance; l1 and l2 are means.
             4. lambda(t_n) of "cd" is iCT's, which learns faster; the preset of cifar10 has 1.
                mu(k) has the paper's N(k); the official code has N(k) - 1.
-            5. The U-Net is Dhariwal & Nichol's, not NCSN++; on small images it sees patches of
-               2 x 2 pixels, Muon trains its kernels, and the teacher's P_mean is 0, not -1.2:
-               strokes are decided at more noise. The teacher's EMA is --ema's.
+            5. The U-Net is Dhariwal & Nichol's, not NCSN++. Small images: it sees patches of 2 x 2
+               pixels and the class, of an edited image too; Muon trains its kernels; the teacher's
+               P_mean is 0: strokes are decided at more noise. The teacher's EMA is --ema's.
 Run         python consistency.py                            a checkerboard: 2 minutes on one core;
                 energy distance 0.0008 in one step, 0.0003 in two, 0.0009 the teacher, each ± 0.0003
             python consistency.py --dataset mnist            digits, and editing.png
-            python consistency.py --compare                  6 minutes: in one step 0.0008 by cd,
-                0.011 by ict, 0.106 by ct
+            python consistency.py --compare                  6 minutes: cd, ict and ct
             torchrun --nproc_per_node 8 consistency.py --dataset cifar10     Table 3; not run here
 """
 
@@ -75,15 +74,13 @@ class Config(common.Config):
     patch: Count = 1  # side of the patches of pixels that the U-Net sees as channels
     dropout: Fraction = 0.0  # of the U-Net (Table 3); one mask for both networks (iCT)
     teacher_dropout: Fraction = 0.0  # of the teacher
-
     learned = (*common.Config.learned, "class_conditional")
 
 
 # fmt: off
 SMALL_IMAGES = common.SMALL_UNET | {  # minutes on two cores
-    "steps": 1_500, "teacher_steps": 3_000, "batch_size": 64, "teacher_lr": 1e-3,
-    "attention": (7, 8), "sigma_data": 0.5, "P_mean": 0.0, "examples": 500,
-    "class_conditional": True,
+    "steps": 1_500, "teacher_steps": 3_000, "teacher_lr": 1e-3, "P_mean": 0.0, "sigma_data": 0.5,
+    "batch_size": 64, "attention": (7, 8), "class_conditional": True, "examples": 500,
 }
 PRESETS = dict.fromkeys(("glyphs", "mnist", "fashion_mnist", "folder"), SMALL_IMAGES) | {
     "cifar10": {  # Table 3 (cd, ct)
@@ -369,9 +366,8 @@ class Networks(nn.Module):
         torch._foreach_lerp_(*pair, 1 - mu)  # Eq. 8
 
     def functions(self, cfg, y, call=None):
-        """f, f_target and D of these networks for examples of the classes y (B,), which count with
-        cfg.class_conditional alone; called through `call` (Run.model in training)."""
-        y = y if cfg.class_conditional else None
+        """f, f_target and D of these networks for examples of classes y (B,), if they see classes;
+        called through `call` (Run.model in training)."""
 
         def net(name):
             return lambda x, t: (call or self)(x, t, y, name)
@@ -435,7 +431,6 @@ def train_teacher(cfg, device, data):
     steps = cfg.teacher_steps
     run.cfg = dataclasses.replace(cfg, steps=steps, lr=cfg.teacher_lr, warmup=steps // 20)
     for x, y in run.batches(data):
-        y = y if cfg.class_conditional else None
         D = parameterised(lambda x, t, y=y: run.model(x, t, y), cfg.sigma_data, eps=0.0)
         run.step(edm_loss(D, x, torch.randn_like(x), cfg.P_mean, sigma_data=cfg.sigma_data))
     return run.ema
@@ -496,23 +491,27 @@ def choose_times(cfg, run, data):
 
 def evaluate(cfg, run, data, times):
     """Noise x_T, and {title: (samples from it, energy distance to held-out data, its error)}."""
+
+    def f(y):
+        return run.ema.functions(cfg, y)[0]
+
+    def D(y):
+        return run.ema.functions(cfg, y)[2]
+
     x_T = T * torch.randn(cfg.examples, *data.shape, device=run.device)
     y = data.draw_labels(cfg.examples)
     test = common.to_float(data.test[: max(cfg.examples, 10_000)])
-    samplers = {"data": (0, lambda x, f, D: data.batch(len(x))[0])}  # the floor: other points of it
+    samplers = {"data": (0, lambda x, y: data.batch(len(x))[0])}  # the floor: other points of it
     if cfg.method == "cd":
         grid = karras_grid(18)  # Karras et al. 2022
-        samplers["teacher, 34 evaluations"] = 34, lambda x, f, D: solve_ode(D, x, grid)
+        samplers["teacher, 34 evaluations"] = 34, lambda x, y: solve_ode(D(y), x, grid)
     for k in range(1, cfg.nfe + 1):
         title = f"{k} evaluation{'s' * (k > 1)}"
-        samplers[title] = k, lambda x, f, D, k=k: sample(f, x, times[: k - 1])
+        samplers[title] = k, lambda x, y, k=k: sample(f(y), x, times[: k - 1])
     results = {}
-    for title, (nfe, draw) in samplers.items():
-        parts = []
-        for noise, classes in zip(x_T.split(cfg.batch_size), y.split(cfg.batch_size), strict=True):
-            f, _, D = run.ema.functions(cfg, classes)
-            parts.append(draw(noise, f, D))
-        x = torch.cat(parts)
+    for title, (nfe, sampler) in samplers.items():
+        parts = zip(x_T.split(cfg.batch_size), y.split(cfg.batch_size), strict=True)
+        x = torch.cat([sampler(*part) for part in parts])
         value, error = distance(x, test)
         run.report(title, evaluations=nfe, energy_distance=value, standard_error=error)
         results[title] = x, value, error

@@ -15,9 +15,9 @@ Departures  1. App. E.1 prints the score's target and s = eps / sigma_t without 
             4. In 2-D a residual MLP with Fourier features, not 5 layers of 512 units.
             5. How v_t sees the low-resolution image is not stated: as further channels.
             6. Training, too, is on dequantised images. 391k steps are Table 3's, not 1000 epochs.
-            7. Small images: the U-Net sees patches of 2 x 2 pixels, and the class y of an image, as
-               v_t(x | y), and its kernels are trained by Muon. All make more of ten minutes of a
-               CPU. The paper's models see no class, nor do those of 2-D data and CIFAR-10 here.
+            7. Small images: Muon trains the kernels of a U-Net that sees patches of 2 x 2 pixels
+               and the class y, as v_t(x | y): more from ten minutes of a CPU. log p(x, y) then
+               bounds log p(x) from below. The paper's models see no class, nor does CIFAR-10's.
 Run         python flow_matching.py                                checkerboard
             python flow_matching.py --dataset mnist                digits
             python flow_matching.py --compare                      evaluations against error
@@ -54,7 +54,7 @@ class Config(common.Config):
     nll_examples: Natural = 10_000  # held-out examples whose likelihood is computed
     nll_samples: Count = 1  # K dequantisations per image (App. E.2, Table 4: 1, 20, 50)
     divergence: Literal["exact", "rademacher", "gaussian"] = "exact"  # exact, or Eq. 34's probe z
-    class_conditional: bool = False  # the field sees an example's class: v_t(x | y)
+    class_conditional: bool = False  # v_t(x | y) sees an example's class; not with --upsample
     upsample: Count = 1  # super-resolution by this factor (Sec. 6.3); 1 = none
     compare: bool = False  # train every path and loss, print evaluations against error (Sec. 6.2)
     width: Count = 128  # units of the MLP, or base channels of the U-Net
@@ -320,17 +320,16 @@ def low_resolution(x, factor):
     return F.interpolate(small, size=x.shape[2:], mode="bicubic")
 
 
-def conditioned(net, y=None, low=None):
-    """net's v_t(x | y, low), as a field: a class y (B,), and Sec. 6.3's low-resolution image as
-    further channels. Either may be None."""
-    classes = () if y is None else (y,)
-    return lambda x, t: net(x if low is None else torch.cat([x, low], dim=1), t, *classes)
+def conditioned(net, y, low=None):
+    """net's v_t(x | y, low) as a field: y (B,) are classes, for a net that sees them; low is
+    Sec. 6.3's low-resolution image, as further channels."""
+    return lambda x, t: net(x if low is None else torch.cat([x, low], dim=1), t, y)
 
 
 def log_prob_class(y, data):
     """log p(y) in nats, (B,), from the training set's counts, and one for each class.
 
-    log p(x | y) + log p(y) = log p(x, y) <= log p(x).
+    What a model of classes gives is log p(x | y) + log p(y) = log p(x, y) <= log p(x).
     """
     counts = 1 + torch.bincount(data.train_labels, minlength=data.num_classes)
     return torch.log(counts / counts.sum())[y]
@@ -348,10 +347,15 @@ def train(cfg, run, data, path):
             x_1 = common.dequantize(x_1)
         x_0 = torch.randn_like(x_1)  # x_0 ~ N(0, I), (B, ...)
         t = path.t_max * torch.rand(len(x_1), device=x_1.device)  # t ~ U[0, t_max], (B,)
-        net = conditioned(run.model, y if cfg.class_conditional else None, low)
+        net = conditioned(run.model, y, low)
         f = path.field(net) if cfg.objective == "cfm" else net
         loss = loss_of(f, x_0, x_1, t, path)  # Eq. 14, or App. E.1
         run.step(loss)
+
+
+def field(cfg, net, path, y, low=None):
+    """The trained field v_t(x | y, low)."""
+    return vector_field(conditioned(net, y, low), path, cfg.objective)
 
 
 def evaluate_vectors(cfg, run, data, path):
@@ -420,12 +424,6 @@ def psnr(x, reference):
     return (10 * torch.log10(4 / mse)).mean().item()
 
 
-def field(cfg, net, path, y=None, low=None):
-    """The trained field v_t(x | y, low); of an unconditional model v_t(x | low)."""
-    net = conditioned(net, y if cfg.class_conditional else None, low)
-    return vector_field(net, path, cfg.objective)
-
-
 def draw(cfg, run, data, path, n):
     """n samples, of classes as frequent as in the training set."""
     x_0 = torch.randn(n, *data.shape, device=run.device)
@@ -470,6 +468,7 @@ def prepare(cfg):
     device = common.setup(cfg)
     data = common.load_data(cfg, device)
     check(cfg, data)
+    cfg.class_conditional = cfg.class_conditional and cfg.upsample == 1
     path = OT(cfg.sigma_min) if cfg.path == "ot" else PATHS[cfg.path]()
     inputs = data.shape[0] * (1 if cfg.upsample == 1 else 2)  # with the low-resolution channels
     classes = data.num_classes if cfg.class_conditional else 0
@@ -485,7 +484,7 @@ def check(cfg, data):
     if cfg.upsample > 1 and not (data.is_image and data.shape[1] % cfg.upsample == 0):
         raise UserError(f"--upsample {cfg.upsample} needs images whose side it divides")
     if cfg.upsample > 1 and cfg.num_samples:
-        raise UserError("--num-samples writes unconditional samples: leave it out with --upsample")
+        raise UserError("--num-samples writes samples from noise alone: not with --upsample")
 
 
 def main(cfg):

@@ -94,12 +94,17 @@ def test_classes(run, refused):
     assert code == 0, err
     saved = Path("runs/flow_matching-checkerboard/checkpoint.pt")
     assert "label.weight" in torch.load(saved, weights_only=True)["model"]
+    assert run("--sample", saved, "--nll-examples", "4")[0] == 0
     refused("learned with --class-conditional True", "flow_matching", "--sample", saved,
             "--no-class-conditional")  # fmt: skip
     assert run("--resume", "--steps", "3")[0] == 0
     code, _, err = run(*FM_IMAGES, "--dataset", "glyphs", "--no-class-conditional", "--out", "none")
     assert code == 0, err
-    assert "label.weight" not in torch.load("none/checkpoint.pt", weights_only=True)["model"]
+    state = torch.load("none/checkpoint.pt", weights_only=True)
+    assert "label.weight" not in state["model"]
+    del state["config"]["class_conditional"]  # a checkpoint older than the setting
+    torch.save(state, "none/checkpoint.pt")
+    assert run("--sample", "none/checkpoint.pt", "--no-class-conditional")[0] == 0
 
 
 def test_few_test_images(run, pictures):

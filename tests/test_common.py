@@ -452,13 +452,13 @@ def test_unet_shapes(size, mult):
     torch.manual_seed(0)
     x, t, y = torch.randn(2, 3, size, size), torch.rand(2), torch.tensor([1, 3])
     assert net(x, t, y).shape == (2, 5, size, size)
-    assert (net(x, t) == 0).all()  # zero-initialised output
+    assert (net(x, t, y) == 0).all()  # zero-initialised output
     torch.nn.init.normal_(net.output[2].weight)
     for stage in net.modules():
         if isinstance(stage, common.Stage):
             torch.nn.init.normal_(stage.conv_2.weight, std=0.1)
-    assert not torch.equal(net(x, t, y), net(x, t))
-    assert not torch.equal(net(x, t), net(x, t / 2))
+    assert not torch.equal(net(x, t, y), net(x, t, y.flip(0)))
+    assert not torch.equal(net(x, t, y), net(x, t / 2, y))
     alone = net(x[:1], t[:1], y[:1])
     assert_close(net(x, t, y)[:1], alone, rtol=1e-4, atol=1e-4)  # no mixing of the batch
     channels_last = net.to(memory_format=torch.channels_last)(x, t, y)
@@ -529,7 +529,7 @@ def test_attention_is_softmax_attention():
 
 
 def test_networks_compile_without_graph_breaks():
-    t = torch.rand(2)
+    t, y = torch.rand(2), torch.tensor([0, 2])
     nets = [
         (common.UNet(1, 1, 8, 8, (1, 2), 1, (4,)), torch.randn(2, 1, 8, 8)),
         (common.MLP(2, width=8, num_classes=3), torch.randn(2, 2)),
@@ -538,8 +538,8 @@ def test_networks_compile_without_graph_breaks():
         for p in net.parameters():
             torch.nn.init.normal_(p, std=0.1)  # the last layer's zeros would hide everything
         compiled = torch.compile(net, backend="eager", fullgraph=True)
-        assert net(x, t).abs().min() > 0
-        assert_close(compiled(x, t), net(x, t))
+        assert net(x, t, y).abs().min() > 0
+        assert_close(compiled(x, t, y), net(x, t, y))
 
 
 def test_any_width_will_do():
@@ -743,7 +743,7 @@ def test_a_resumed_optimiser_heeds_the_flags(tmp_path):
     assert group["betas"] == (0.9, 0.9)
     assert run.optimizer.state[group["params"][0]]["step"] == 10
     flags = ["--resume", "--out", str(tmp_path), "--optimizer", "muon"]
-    with pytest.raises(UserError, match="learned with --optimizer adam: leave out --optimizer"):
+    with pytest.raises(UserError, match="learned with --optimizer adam: leave --optimizer as it"):
         common.parse(flow_matching.Config, flow_matching.PRESETS, flags)
 
 

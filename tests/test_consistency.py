@@ -449,14 +449,15 @@ def image_run(tmp_path, pictures, **settings):
 
 
 def test_networks_compile_without_a_break_and_run_in_bfloat16(tmp_path, pictures, single):
-    cfg, data, run = image_run(tmp_path, pictures, amp="on", dropout=0.1, image_size=8)
-    x, t = torch.randn(2, 3, 8, 8), torch.rand(2)
+    settings = {"amp": "on", "dropout": 0.1, "image_size": 8, "class_conditional": True}
+    cfg, data, run = image_run(tmp_path, pictures, **settings)
+    x, t, y = torch.randn(2, 3, 8, 8), torch.rand(2), torch.zeros(2, dtype=torch.int64)
     compiled = torch.compile(run.net.eval(), backend="eager", fullgraph=True)
     for name in ("online", "teacher"):
-        assert_close(compiled(x, t, None, name), run.net(x, t, None, name))
+        assert_close(compiled(x, t, y, name), run.net(x, t, y, name))
     cm.train(cfg, run, data)
     assert run.done == 1
-    assert run.model(x, t, None).dtype == torch.float32
+    assert run.model(x, t, y).dtype == torch.float32
 
 
 def test_target_follows_the_online_network_and_the_teacher_stays(tmp_path, monkeypatch, single):
