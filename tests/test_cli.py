@@ -43,9 +43,9 @@ def metrics(folder):
 # ---- What a newcomer does -----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("path", ["vp", "ve"])  # ot: test_every_script_trains_resumes_and_samples
-def test_train_resume_sample(run, path):
-    code, out, err = run(*FM, "--path", path, "--num-samples", "6", "--divergence", "rademacher")
+def test_train_resume_sample(run):
+    """Of the VE path; OT's and VP's runs are in other tests of this file."""
+    code, out, err = run(*FM, "--path", "ve", "--num-samples", "6", "--divergence", "rademacher")
     assert code == 0, err
     folder = Path("runs/flow_matching-checkerboard")
     assert f"see {folder}/samples.png" in out
@@ -58,7 +58,7 @@ def test_train_resume_sample(run, path):
 
     assert run("--resume", "--steps", "5")[0] == 0
     assert torch.load(folder / "checkpoint.pt", weights_only=True)["step"] == 5
-    assert json.loads((folder / "config.json").read_text())["path"] == path  # remembered
+    assert json.loads((folder / "config.json").read_text())["path"] == "ve"  # remembered
     before = (folder / "checkpoint.pt").read_bytes()
     code, out, _ = run("--sample", folder / "checkpoint.pt", "--solver", "heun", "--nfe", "4")
     assert code == 0
@@ -97,7 +97,6 @@ def test_classes(run, refused):
     assert run("--sample", saved, "--nll-examples", "4")[0] == 0
     refused("learned with --class-conditional True", "flow_matching", "--sample", saved,
             "--no-class-conditional")  # fmt: skip
-    assert run("--resume", "--steps", "3")[0] == 0
     code, _, err = run(*FM_IMAGES, "--dataset", "glyphs", "--no-class-conditional", "--out", "none")
     assert code == 0, err
     state = torch.load("none/checkpoint.pt", weights_only=True)

@@ -763,7 +763,7 @@ def test_a_checkpoint_keeps_to_its_source(call, refused):
     assert call("interflow", *TINY[2:], "--out", "run")[0] == 0
     sample = ["--sample", "run/checkpoint.pt"]
     wrong = [*sample, "--source", "eight_gaussians"]
-    refused("learned with --source None: leave out --source", "interflow", *wrong)
+    refused("learned with --source None: leave --source as it was", "interflow", *wrong)
     Path("run/checkpoint-eight_gaussians.pt").unlink()  # as if killed in the first flow
     code, out, err = call("interflow", *sample, "--out", "first")
     assert code == 0, err
