@@ -762,7 +762,7 @@ class Attention(nn.Module):
 def dot_product_attention(q, k, v):
     """softmax(q kᵀ / sqrt(D)) v of (B, heads, N, D) each, by PyTorch's fused kernel.
 
-    But that trains slowly in bfloat16 on a CPU: 5.5 ms for 1.8 at N = 49, B = 32.
+    But that trains slowly in bfloat16 on a CPU: 5.5 ms against 1.8 at N = 49, B = 32.
     """
     if q.dtype == torch.bfloat16 and q.device.type == "cpu":
         return (q @ k.mT * q.shape[-1] ** -0.5).softmax(dim=-1) @ v
