@@ -1,9 +1,12 @@
-"""What the tests share: calling a script as its user does."""
+"""What the tests share: calling a script as its user does; a second core."""
 
 import importlib
 import os
 import re
 import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tensors are small: a second thread costs time
 
@@ -12,6 +15,35 @@ import pytest
 from PIL import Image
 
 import common
+
+BESIDE = ThreadPoolExecutor(1)
+
+
+def pytest_collection_finish(session):
+    """Tests marked `beside` wait for processes of their own: they run in a thread, beside the rest.
+
+    They take `tmp_path` and their parameters, and are reported in their turn.
+    """
+    for item in session.items:
+        if item.get_closest_marker("beside") and not session.config.option.collectonly:
+            parameters = item.callspec.params if hasattr(item, "callspec") else {}
+            item.beside = BESIDE.submit(in_a_folder, item.function, parameters)
+
+
+def in_a_folder(test, parameters):
+    with tempfile.TemporaryDirectory() as folder:
+        test(tmp_path=Path(folder), **parameters)
+
+
+def pytest_pyfunc_call(pyfuncitem):
+    if hasattr(pyfuncitem, "beside"):
+        pyfuncitem.beside.result()
+        return True  # it has been called
+    return None
+
+
+def pytest_sessionfinish():
+    BESIDE.shutdown(cancel_futures=True)
 
 
 def little_data(common=common):

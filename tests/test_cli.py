@@ -43,9 +43,9 @@ def metrics(folder):
 # ---- What a newcomer does -----------------------------------------------------------------------
 
 
-def test_train_resume_sample(run):
-    """Of the VE path; OT's and VP's runs are in other tests of this file."""
-    code, out, err = run(*FM, "--path", "ve", "--num-samples", "6", "--divergence", "rademacher")
+@pytest.mark.parametrize("path", ["vp", "ve"])  # ot: test_every_script_trains_resumes_and_samples
+def test_train_resume_sample(run, path):
+    code, out, err = run(*FM, "--path", path, "--num-samples", "6", "--divergence", "rademacher")
     assert code == 0, err
     folder = Path("runs/flow_matching-checkerboard")
     assert f"see {folder}/samples.png" in out
@@ -58,7 +58,7 @@ def test_train_resume_sample(run):
 
     assert run("--resume", "--steps", "5")[0] == 0
     assert torch.load(folder / "checkpoint.pt", weights_only=True)["step"] == 5
-    assert json.loads((folder / "config.json").read_text())["path"] == "ve"  # remembered
+    assert json.loads((folder / "config.json").read_text())["path"] == path  # remembered
     before = (folder / "checkpoint.pt").read_bytes()
     code, out, _ = run("--sample", folder / "checkpoint.pt", "--solver", "heun", "--nfe", "4")
     assert code == 0
@@ -164,6 +164,7 @@ def test_every_script_trains_resumes_and_samples(call, script):
     assert Path("run/checkpoint.pt").read_bytes() == before
 
 
+@pytest.mark.beside
 def test_two_processes_under_torchrun(tmp_path):
     launcher = [
         sys.executable,
@@ -389,7 +390,8 @@ def test_readme_example_samples_from_python(run):
     assert names["x"].shape == (64, 2)
 
 
-def test_importing_the_scripts_does_no_work():
+@pytest.mark.beside
+def test_importing_the_scripts_does_no_work(tmp_path):
     """No script imports what is slow, draws a random number, or writes a file."""
     lines = ["import sys, torch", "state = torch.get_rng_state()"]
     lines += [f"import {script}" for script in SCRIPTS]
@@ -397,8 +399,11 @@ def test_importing_the_scripts_does_no_work():
     lines += ["print([m for m in ('torchvision', 'torch._dynamo') if m in sys.modules])"]
     here = os.environ | {"PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", "\n".join(lines)]
-    done = subprocess.run(command, env=here, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command, cwd=tmp_path, env=here, capture_output=True, text=True, check=False
+    )
     assert done.stdout.strip() == "[]", done.stdout + done.stderr
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

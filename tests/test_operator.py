@@ -1,6 +1,7 @@
 """Every script as its operator finds it: killed, interrupted, on a full disk, in two processes.
 
-The runs are processes of their own, forked from a server that has imported torch once.
+The runs are processes of their own, forked from a server that has imported torch once, and most
+begin as soon as the tests are collected, beside the other tests: see conftest.py.
 """
 
 import importlib
@@ -152,6 +153,7 @@ def assert_same(a, b, where):
         assert a == b, where
 
 
+@pytest.mark.beside
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_script_and_common_alone_run(script, tmp_path):
     for name in (script, "common"):
@@ -162,6 +164,7 @@ def test_a_script_and_common_alone_run(script, tmp_path):
     assert list(tmp_path.glob("runs/*/samples.png"))
 
 
+@pytest.mark.beside
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_killed_and_resumed_ends_bit_for_bit(script, tmp_path):
     whole, pieces = tmp_path / "whole", tmp_path / "pieces"
@@ -170,11 +173,11 @@ def test_killed_and_resumed_ends_bit_for_bit(script, tmp_path):
     arguments = [*tiny(script), *SMALL]
     undisturbed = start(script, arguments, whole)  # beside the others, on the second core
     rng = random.Random(script)
-    others = (
+    faults = [
+        ("killed while it writes", 2),
         ("killed at a step", rng.randint(1, 4)),
         ("killed before it renames", rng.randint(1, 2)),
-    )
-    faults = [("killed while it writes", 2), others[SCRIPTS.index(script) % 2]]
+    ]
     for fault in faults:
         code, log = train(script, arguments, pieces, fault)
         assert code == -signal.SIGKILL, (fault, log)
@@ -192,6 +195,7 @@ def test_killed_and_resumed_ends_bit_for_bit(script, tmp_path):
             assert_same(expected[name][key], found[name][key], f"{script} {name} {key}")
 
 
+@pytest.mark.beside
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_interrupted_and_on_a_full_disk(script, tmp_path):
     arguments = [*tiny(script), *SMALL]
@@ -205,6 +209,7 @@ def test_interrupted_and_on_a_full_disk(script, tmp_path):
     assert before == {file: file.read_bytes() for file in (tmp_path / "run").glob("checkpoint*.*")}
 
 
+@pytest.mark.beside
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_two_processes_hold_the_same_weights(script, tmp_path):
     together = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
