@@ -46,12 +46,12 @@ from common import Count, Fraction, Natural, Number, Positive, Sizes, UserError,
 
 @dataclass
 class Config(common.Config):
-    steps: Natural = 6_500  # optimisation steps of the consistency model
+    steps: Natural = 4_500  # optimisation steps of the consistency model
     batch_size: Count = 256  # examples per step, over all processes together
     lr: Positive = 6e-3  # peak learning rate
     optimizer: Literal["radam", "muon"] = "radam"  # App. C; the teacher's is adam; or muon for both
     method: Literal["cd", "ct", "ict"] = "cd"  # distillation, consistency training, improved
-    teacher_steps: Natural = 8_000  # optimisation steps of the teacher, an EDM (cd alone)
+    teacher_steps: Natural = 6_000  # optimisation steps of the teacher, an EDM (cd alone)
     teacher_lr: Positive = 4e-3  # peak learning rate of the teacher's Adam
     P_mean: Number = -1.2  # of the teacher's ln sigma ~ N(P_mean, 1.2²) in training (EDM, Table 1)
     N: Count = 18  # cd: points of the time grid (Sec. 6.1)
@@ -444,7 +444,8 @@ def prepare(cfg, device, data):
 
     def radam(parameters):
         trained = [p for p in parameters if p.requires_grad]
-        return torch.optim.RAdam(trained, lr=cfg.lr, betas=(0.9, cfg.beta_2))  # App. C
+        betas = 0.9, cfg.beta_2
+        return torch.optim.RAdam(trained, lr=cfg.lr, betas=betas, foreach=True)  # App. C
 
     run = common.Run(cfg, nets, device, optimizer=radam if cfg.optimizer == "radam" else "muon")
     if teacher and cfg.sample and run.done == 0 < cfg.steps:
