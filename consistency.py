@@ -21,9 +21,9 @@ Departures  1. Alg. 4 with mask 1, as App. D states it for strokes, erases the s
                pixels and the class, of an edited image too; Muon trains its kernels; the teacher's
                P_mean is 0: strokes are decided at more noise. The teacher's EMA is --ema's.
 Run         python consistency.py                            a checkerboard: 2 minutes on one core;
-                energy distance 0.0008 in one step, 0.0004 in two, 0.0009 the teacher, each ± 0.0003
+                energy distance 0.0016 in one step, 0.0011 in two, 0.0016 the teacher, each ± 0.0006
             python consistency.py --dataset mnist            digits, and editing.png
-            python consistency.py --compare                  6 minutes: cd, ict and ct
+            python consistency.py --compare                  4 minutes: cd, ict and ct
             torchrun --nproc_per_node 8 consistency.py --dataset cifar10     Table 3; not run here
 """
 
