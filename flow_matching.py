@@ -1,11 +1,12 @@
 """Flow Matching for Generative Modeling. Lipman, Chen, Ben-Hamu, Nickel, Le, arXiv 2210.02747v2
 
-Implements  Eq. 1 (flow); Eq. 6, Eq. 8 (marginal path and field of a finite data set, closed form);
-            Eq. 10, Eq. 11, Eq. 14, Eq. 15 (Gaussian paths, CFM loss, Theorem 3); Eq. 16, Eq. 17
-            (VE); Eq. 18, Eq. 19 (VP); Eq. 20, Eq. 21, Eq. 22, Eq. 23 (OT); Eq. 31, Eq. 33, Eq. 34
-            (likelihood); Eq. 46 and App. E.1 (score matching, ScoreFlow, DDPM); App. C (bits per
-            dimension); Table 3 (CIFAR-10); App. E.2, Table 4 (K-sample NLL); Fig. 4 (picture);
-            Sec. 6.2, Fig. 7 (error of few evaluations); Sec. 6.3, Table 2 (super-resolution, PSNR)
+Implements  Eq. 1 (flow); Eq. 5, Theorem 2 (FM loss); Eq. 6, Eq. 8 (marginal path and field of a
+            finite data set, closed form); Eq. 10, Eq. 11, Eq. 14, Eq. 15 (Gaussian paths, CFM
+            loss, Theorem 3); Eq. 16, Eq. 17 (VE); Eq. 18, Eq. 19 (VP); Eq. 20, Eq. 21, Eq. 22,
+            Eq. 23 (OT); Eq. 31, Eq. 33, Eq. 34 (likelihood); Eq. 46 and App. E.1 (score matching,
+            ScoreFlow, DDPM); App. C (bits per dimension); Table 3 (CIFAR-10); App. E.2, Table 4
+            (K-sample NLL); Fig. 4 (picture); Sec. 6.2, Fig. 7 (error of few evaluations);
+            Sec. 6.3, Table 2 (super-resolution, PSNR)
 Conventions t = 0 is noise, x_0 ~ N(0, I); t = 1 is data, x_1 ~ q. A field is v(x, t).
 Departures  1. App. E.1 prints the score's target and s = eps / sigma_t without their minus, which
                Eq. 46 fits. Here s = grad log p = -eps / sigma_t, so u = T'(1-t)/2 [x + s].
@@ -18,6 +19,8 @@ Departures  1. App. E.1 prints the score's target and s = eps / sigma_t without 
             7. Small images: Muon trains the kernels of a U-Net that sees patches of 2 x 2 pixels
                and the class y, as v_t(x | y): more from ten minutes of a CPU. log p(x, y) then
                bounds log p(x) from below. The paper's models see no class, nor does CIFAR-10's.
+            8. Small images: before t = 0.4 the loss is FM's, with u_t of the training images of
+               the class in closed form. By Theorem 2 only the gradient's variance differs.
 Run         python flow_matching.py                                checkerboard
             python flow_matching.py --dataset mnist                digits
             python flow_matching.py --compare                      evaluations against error
@@ -55,6 +58,7 @@ class Config(common.Config):
     nll_samples: Count = 1  # K dequantisations per image (App. E.2, Table 4: 1, 20, 50)
     divergence: Literal["exact", "rademacher", "gaussian"] = "exact"  # exact, or Eq. 34's probe z
     class_conditional: bool = False  # v_t(x | y) sees an example's class; not with --upsample
+    fm_until: common.Fraction = 0.0  # t before which the loss is FM's own, of images; then CFM
     upsample: Count = 1  # super-resolution by this factor (Sec. 6.3); 1 = none
     compare: bool = False  # train every path and loss, print evaluations against error (Sec. 6.2)
     width: Count = 128  # units of the MLP, or base channels of the U-Net
@@ -68,19 +72,20 @@ class Config(common.Config):
 
 
 SMALL_IMAGES = common.SMALL_UNET | {  # minutes on two cores
-    "steps": 3_300,
+    "steps": 2_800,
     "batch_size": 64,
     "attention": (7, 8),
     "tol": 1e-4,
     "nll_examples": 128,
     "divergence": "rademacher",
     "class_conditional": True,
+    "fm_until": 0.4,  # the posterior of x_1 is one image soon after
 }
 PRESETS = {
     "glyphs": SMALL_IMAGES,
     "mnist": SMALL_IMAGES,
     "fashion_mnist": SMALL_IMAGES,
-    "folder": SMALL_IMAGES,
+    "folder": SMALL_IMAGES | {"fm_until": 0.0},  # its sum over the images may be long
     "cifar10": {  # Table 3, App. E.2
         "steps": 391_000,
         "batch_size": 256,
@@ -206,24 +211,33 @@ class VE(Path):
 PATHS = {"ot": OT, "vp": VP, "ve": VE}
 
 
-def marginal_log_prob(x, t, data, path):
-    """log p_t(x) in nats, (B,), for q uniform on the rows of data (N, D): x (B, D), t (B,)."""
-    return _log_joint(x, t, data, path).logsumexp(dim=1)  # Eq. 6
+class FiniteData:
+    """q uniform on the rows of data (N, D): its p_t and u_t, for x (B, D) and t (B,).
 
+    Products with the data are taken in dtype; None is the data's own.
+    """
 
-def marginal_field(x, t, data, path):
-    """u_t(x), (B, D), for q uniform on the rows of data (N, D): x (B, D), t (B,)."""
-    weights = _log_joint(x, t, data, path).softmax(dim=1)  # p_t(x | x_1) q(x_1) / p_t(x), (B, N)
-    u = path.u(x[:, None], data[None], t)  # (B, N, D)
-    return (weights[..., None] * u).sum(dim=1)  # Eq. 8
+    def __init__(self, data, path, dtype=None):
+        self.data, self.path = data.to(dtype or data.dtype), path
+        self.square = data.square().sum(dim=1)
 
+    def log_prob(self, x, t):
+        """log p_t(x) in nats, (B,)."""
+        return self.log_joint(x, t).logsumexp(dim=1)  # Eq. 6
 
-def _log_joint(x, t, data, path):
-    """log p_t(x | x_1) + log q(x_1) for every x_1 in data, (B, N)."""
-    a, sigma, _, _ = path.coefficients(t[:, None])
-    square = (x[:, None] - a[..., None] * data).square().sum(dim=2)  # Eq. 10
-    log_normal = -square / (2 * sigma**2) - x.shape[1] / 2 * torch.log(2 * math.pi * sigma**2)
-    return log_normal - math.log(len(data))
+    def field(self, x, t):
+        """u_t(x), (B, D)."""
+        weights = self.log_joint(x, t).softmax(dim=1)  # p_t(x | x_1) q(x_1) / p_t(x), (B, N)
+        mean = (weights.to(self.data.dtype) @ self.data).to(x.dtype)
+        return self.path.u(x, mean, t)  # Eq. 8, as u_t(x | x_1) is affine in x_1
+
+    def log_joint(self, x, t):
+        """log p_t(x | x_1) + log q(x_1) for every x_1 in data, (B, N)."""
+        a, sigma, _, _ = self.path.coefficients(t[:, None])
+        product = (x.to(self.data.dtype) @ self.data.T).to(x.dtype)
+        square = x.square().sum(dim=1, keepdim=True) - 2 * a * product + a**2 * self.square
+        log_normal = -square / (2 * sigma**2) - x.shape[1] / 2 * torch.log(2 * math.pi * sigma**2)
+        return log_normal - math.log(len(self.data))
 
 
 # ---- Losses -------------------------------------------------------------------------------------
@@ -231,10 +245,24 @@ def _log_joint(x, t, data, path):
 # returns the mean over the batch and the dimensions, where the paper sums over the dimensions.
 
 
-def cfm_loss(v, x_0, x_1, t, path):
-    """Conditional flow matching for a vector field v."""
-    error = v(path.psi(x_0, x_1, t), t) - path.dpsi(x_0, x_1, t)  # Eq. 14; the OT path's is Eq. 23
+def cfm_loss(v, x_0, x_1, t, path, u=None):
+    """Conditional flow matching for a vector field v; u takes the place of x_1's own target."""
+    u = path.dpsi(x_0, x_1, t) if u is None else u
+    error = v(path.psi(x_0, x_1, t), t) - u  # Eq. 14; the OT path's is Eq. 23
     return (bcast(path.weight(t), x_1) * error.square()).mean()
+
+
+def fm_target(x_0, x_1, t, y, path, fields, until):
+    """The target of cfm_loss, with the known marginal field where t < until: the FM loss, Eq. 5.
+
+    fields[y] is the field u_t(x | y) of x (B, D). By Theorem 2 the expected gradient is CFM's, but
+    the target's variance given x is gone.
+    """
+    x, u = path.psi(x_0, x_1, t), path.dpsi(x_0, x_1, t)
+    for c, field in enumerate(fields):
+        known = ((t < until) & (y == c)).nonzero()[:, 0]
+        u[known] = field(x[known].flatten(1), t[known]).view_as(u[known])
+    return u
 
 
 def sm_loss(s, x_0, x_1, t, path):
@@ -341,7 +369,11 @@ def log_prob_class(y, data):
 def train(cfg, run, data, path):
     """Regress v_t(psi_t(x_0)) on d psi_t(x_0) / dt: Sec. 3.2 and Sec. 4."""
     loss_of = LOSSES[cfg.objective]
+    if cfg.fm_until:
+        fields = training_fields(cfg, run, data, path)
+        target = functools.partial(fm_target, path=path, fields=fields, until=cfg.fm_until)
     for x_1, y in run.batches(data):  # x_1 ~ q
+        y = y if cfg.class_conditional else torch.zeros_like(y)
         low = low_resolution(x_1, cfg.upsample) if cfg.upsample > 1 else None
         if data.is_image:
             x_1 = common.dequantize(x_1)
@@ -349,8 +381,25 @@ def train(cfg, run, data, path):
         t = path.t_max * torch.rand(len(x_1), device=x_1.device)  # t ~ U[0, t_max], (B,)
         net = conditioned(run.model, y, low)
         f = path.field(net) if cfg.objective == "cfm" else net
-        loss = loss_of(f, x_0, x_1, t, path)  # Eq. 14, or App. E.1
+        if cfg.fm_until:
+            loss = cfm_loss(f, x_0, x_1, t, path, target(x_0, x_1, t, y))  # Eq. 5
+        else:
+            loss = loss_of(f, x_0, x_1, t, path)  # Eq. 14, or App. E.1
         run.step(loss)
+
+
+def training_fields(cfg, run, data, path):
+    """The marginal field of the training images of every class, or of all as class 0.
+
+    Dequantisation's noise, 1 / 128 wide, is left out: it is nothing beside sigma_t at early times.
+    """
+    y, fields = data.train_labels, []
+    dtype = torch.bfloat16 if run.amp else None  # u to 0.02; x_1's own is up to 0.5 off
+    for mine in [y == c for c in range(data.num_classes)] if cfg.class_conditional else [y >= 0]:
+        x = common.to_float(data.train[mine])
+        x = torch.cat([x, x.flip(-1)]) if data.flip else x
+        fields.append(FiniteData(x.flatten(1), path, dtype).field)
+    return fields
 
 
 def field(cfg, net, path, y, low=None):
@@ -469,6 +518,8 @@ def prepare(cfg):
     data = common.load_data(cfg, device)
     check(cfg, data)
     cfg.class_conditional = cfg.class_conditional and cfg.upsample == 1
+    if cfg.upsample > 1 or cfg.objective != "cfm":
+        cfg.fm_until = 0.0
     path = OT(cfg.sigma_min) if cfg.path == "ot" else PATHS[cfg.path]()
     inputs = data.shape[0] * (1 if cfg.upsample == 1 else 2)  # with the low-resolution channels
     classes = data.num_classes if cfg.class_conditional else 0
@@ -481,6 +532,8 @@ def check(cfg, data):
     if cfg.objective != "cfm" and cfg.path != "vp":
         raise UserError(f"--objective {cfg.objective} is a loss for the VP path: add --path vp")
     common.solver_options(cfg)
+    if cfg.fm_until and not data.is_image:
+        raise UserError("--fm-until sums over the whole training set: for images alone")
     if cfg.upsample > 1 and not (data.is_image and data.shape[1] % cfg.upsample == 0):
         raise UserError(f"--upsample {cfg.upsample} needs images whose side it divides")
     if cfg.upsample > 1 and cfg.num_samples:

@@ -1,8 +1,10 @@
 """Lipman et al. 2022: every path, field, loss, sampler and likelihood against a closed form."""
 
 import dataclasses
+import itertools
 import json
 import math
+import types
 
 import pytest
 import torch
@@ -90,15 +92,15 @@ def test_marginal_field_solves_the_continuity_equation(path):
     t = inner_times(12)
     x = path.psi(torch.randn(12, 2), DATA[torch.arange(12) % 3], t)
 
+    q = fm.FiniteData(DATA, path)
+
     def log_p(x, t):
-        return fm.marginal_log_prob(x, t, DATA, path)
+        return q.log_prob(x, t)
 
     x.requires_grad_()
     t.requires_grad_()
     grad_x, grad_t = torch.autograd.grad(log_p(x, t).sum(), (x, t))
-    u, div = common.divergence(
-        lambda x, t: fm.marginal_field(x, t, DATA, path), x.detach(), t.detach()
-    )
+    u, div = common.divergence(q.field, x.detach(), t.detach())
     residual = grad_t + (u * grad_x).sum(1) + div
     scale = 1 + grad_t.abs() + div.abs()
     assert_close(residual / scale, torch.zeros(12), rtol=0, atol=1e-9)
@@ -109,7 +111,7 @@ def test_marginal_density_integrates_to_one(path):
     grid = torch.linspace(-90, 90, 36_001)
     for time in (0.0, 0.3, 0.7):
         t = torch.full_like(grid, time)
-        p = fm.marginal_log_prob(grid[:, None], t, DATA[:, :1], path).exp()
+        p = fm.FiniteData(DATA[:, :1], path).log_prob(grid[:, None], t).exp()
         assert_close((p.sum() * (grid[1] - grid[0])).item(), 1.0, rtol=1e-9, atol=0)
 
 
@@ -123,9 +125,8 @@ def test_marginal_field_carries_the_quantiles(path):
         return torch.special.ndtr((x - a * data.T) / sigma).mean(1)
 
     x_0 = path.psi(torch.linspace(-2, 2, 41)[:, None], torch.zeros(41, 1), torch.zeros(41))
-    x, _ = common.odeint(
-        lambda x, t: fm.marginal_field(x, t, data, path), x_0, (0.0, 0.9), rtol=1e-10, atol=1e-10
-    )
+    v = fm.FiniteData(data, path).field
+    x, _ = common.odeint(v, x_0, (0.0, 0.9), rtol=1e-10, atol=1e-10)
     assert_close(cdf(x, 0.9), cdf(x_0, 0.0), rtol=0, atol=1e-7)
 
 
@@ -159,12 +160,70 @@ def test_fm_and_cfm_have_the_same_gradient(path):
         for x_1 in data:  # x ~ p_t: the mixture, one component after the other
             t = torch.full((len(nodes),), time)
             x = path.psi(nodes, x_1.expand(len(nodes), 1), t)
-            error = v(x, t) - fm.marginal_field(x, t, data, path)
+            error = v(x, t) - fm.FiniteData(data, path).field(x, t)
             loss_fm = loss_fm + (mass * error.square()).sum() / 9
     (grad_cfm,) = torch.autograd.grad(loss_cfm.sum(), theta)
     (grad_fm,) = torch.autograd.grad(loss_fm, theta)
     assert_close(grad_cfm, grad_fm, rtol=1e-7, atol=1e-8)
     assert loss_cfm.item() > loss_fm.item() + 0.01  # they differ, by a constant
+
+
+@every_path
+def test_fm_and_cfm_targets_have_the_same_mean(path):
+    """Theorem 2 for what training regresses on: E[u f(x)] is CFM's for any f, class by class."""
+    data, labels = (
+        torch.tensor([[1.0], [-0.7], [0.3], [-1.5], [0.9]]),
+        torch.tensor([0, 0, 0, 1, 1]),
+    )
+    fields = [fm.FiniteData(data[labels == c], path).field for c in range(2)]
+    nodes = torch.linspace(-9, 9, 181)  # exact to rounding: see above
+    mass = (-nodes.square() / 2).exp()
+    x_0, x_1, y = (
+        nodes.repeat(5)[:, None],
+        data.repeat_interleave(181, 0),
+        labels.repeat_interleave(181),
+    )
+    mass = (mass / mass.sum()).repeat(5)
+    for time, until in ((0.3, 0.4), (0.45, 0.4)):
+        t = torch.full((len(x_0),), time)
+        x, own = path.psi(x_0, x_1, t), path.dpsi(x_0, x_1, t)
+        u = fm.fm_target(x_0, x_1, t, y, path, fields, until)
+        for c in range(2):
+            for f in (torch.ones_like(x), x, torch.sin(2 * x)):
+                weight = mass[:, None] * f * (y == c)[:, None]
+                assert_close((weight * u).sum(), (weight * own).sum(), rtol=1e-9, atol=1e-9)
+        changed = (u - own).abs().max().item()
+        assert changed > 0.1 if time < until else changed == 0
+
+
+def test_training_fields_are_of_each_class_and_of_mirrored_images():
+    """One step's target against Eq. 8 written out over the training images, one after the other."""
+    torch.set_default_dtype(torch.float32)
+    images = torch.randint(0, 256, (12, 1, 4, 4), dtype=torch.uint8)
+    labels = torch.arange(12) % 2
+    path, t = OT(0.1), torch.tensor([0.1, 0.35, 0.2])
+    x = torch.randn(3, 16)
+    for flip, conditional, low_precision in itertools.product((False, True), repeat=3):
+        data = common.Data("toy", images, labels, images, labels, flip)
+        cfg = fm.Config(class_conditional=conditional, flip=flip)
+        run = types.SimpleNamespace(amp=low_precision)
+        fields = fm.training_fields(cfg, run, data, path)
+        assert len(fields) == (2 if conditional else 1)
+        for c, field in enumerate(fields):
+            kept = [i for i in range(12) if not conditional or i % 2 == c]
+            floats = (images.double() + 0.5) / 128 - 1
+            rows = [floats[i].flatten() for i in kept]
+            rows += [floats[i].flip(2).flatten() for i in kept] if flip else []
+            for x_i, t_i, u in zip(x.double(), t.double(), field(x, t), strict=True):
+                sigma = 1 - 0.9 * t_i
+                p = torch.stack(
+                    [torch.exp(-((x_i - t_i * d) ** 2).sum() / (2 * sigma**2)) for d in rows]
+                )
+                u_i = sum(
+                    w * (d - 0.9 * x_i) / sigma for w, d in zip(p / p.sum(), rows, strict=True)
+                )
+                # bfloat16 rounds x, x . d and the weights to 8 bits, here of sums of 16 terms
+                assert_close(u.double(), u_i, rtol=0, atol=0.05 if low_precision else 1e-5)
 
 
 # ---- Gaussian data, where the field, the flow and the density are known --------------------------
@@ -435,6 +494,43 @@ def test_training_draws_times_and_data_as_it_should(tmp_path, monkeypatch):
     assert offset.std().item() == pytest.approx(12**-0.5, rel=0.01)
 
 
+@pytest.mark.parametrize("conditional", [False, True])
+def test_training_regresses_on_the_marginal_field_before_fm_until(
+    tmp_path, monkeypatch, conditional
+):
+    torch.set_default_dtype(torch.float32)
+    seen = []
+    monkeypatch.setattr(
+        fm, "cfm_loss", lambda *args: seen.append(args) or args[0](*args[2:4]).mean()
+    )
+    glyphs = common.glyphs
+    monkeypatch.setattr(common, "glyphs", lambda n, seed: glyphs(n // 20, seed))
+    settings = {"dataset": "glyphs", "out": str(tmp_path), "steps": 1, "width": 8, "mult": (1,)}
+    settings |= {"blocks": 1, "batch_size": 128, "device": "cpu", "attention": None}
+    cfg = fm.Config(**settings, fm_until=0.15, class_conditional=conditional)
+    run, data, path = fm.prepare(cfg)
+    fm.train(cfg, run, data, path)
+    _, x_0, x_1, t, _, u = seen[0]
+    own, early = path.dpsi(x_0, x_1, t), t < 0.15
+    assert_close(u[~early], own[~early], rtol=0, atol=0)
+    assert (u - own)[early].flatten(1).square().mean(1).min() > 0.01
+    images = common.to_float(data.train).flatten(1)
+    everything = fm.FiniteData(images, path).field
+    x = path.psi(x_0, x_1, t)[early].flatten(1)
+    same = (u[early].flatten(1) - everything(x, t[early])).abs().amax(1) < 1e-4
+    assert same.float().mean() == (0.0 if conditional else 1.0)
+
+
+def test_fm_until_is_for_the_plain_field_of_cfm(tmp_path, monkeypatch):
+    glyphs = common.glyphs
+    monkeypatch.setattr(common, "glyphs", lambda n, seed: glyphs(n // 100, seed))
+    for n, setting in enumerate(({"upsample": 4}, {"path": "vp", "objective": "sm"}, {})):
+        cfg = fm.Config(dataset="glyphs", fm_until=0.3, out=f"{tmp_path}/{n}", device="cpu")
+        cfg = dataclasses.replace(cfg, width=8, **setting)
+        fm.prepare(cfg)
+        assert cfg.fm_until == (0.0 if setting else 0.3)
+
+
 # ---- Classes ------------------------------------------------------------------------------------
 
 
@@ -547,7 +643,7 @@ def test_losses_and_samplers_keep_to_their_device(path):
                 0
             ].is_meta
     data = torch.empty(5, 2, device="meta")
-    assert fm.marginal_field(x_0, t, data, path).is_meta
+    assert fm.FiniteData(data, path).field(x_0, t).is_meta
     assert fm.k_sample_log_prob(lambda x: x.flatten(1).sum(1), x_1, 2).is_meta
     images = torch.empty(2, 3, 8, 8, device="meta")
     assert fm.low_resolution(images, 2).is_meta
