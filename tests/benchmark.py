@@ -563,7 +563,7 @@ def quality_rows(minutes, data_dir, folder):
 
     def settings(out, steps):
         flags = ["--dataset", "mnist", "--data-dir", data_dir, "--out", f"{folder}/{out}"]
-        flags += ["--no-class-conditional"]  # as the others are
+        flags += ["--no-class-conditional", "--fm-until", "0"]  # as the others are
         return common.parse(flow_matching.Config, flow_matching.PRESETS, [*flags, "--steps", steps])
 
     def ours():

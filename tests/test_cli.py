@@ -244,7 +244,7 @@ BAD_FLAGS = [
     ("--image-size 10000000 --dataset glyphs", "from 1 to 4096"),
     ("--compare --num-samples 3", "--compare trains anew"),
     ("--compare --class-conditional", "unconditional models"),
-    ("--fm-until 0.4", "for images alone"),
+    ("--fm-until 0.4", "a million points"),
     ("--fm-until 1", "a number in"),
     ("--lr 1e30 --clip 1e30 --steps 60 --nll-examples 0", "(loss is|not finite)"),
 ]
