@@ -533,7 +533,7 @@ def check(cfg, data):
         raise UserError(f"--objective {cfg.objective} is a loss for the VP path: add --path vp")
     common.solver_options(cfg)
     if cfg.fm_until and not data.is_image:
-        raise UserError("--fm-until sums over the training set, in 2-D a million points: images")
+        raise UserError("--fm-until is for images: it sums over the data, in 2-D a million points")
     if cfg.upsample > 1 and not (data.is_image and data.shape[1] % cfg.upsample == 0):
         raise UserError(f"--upsample {cfg.upsample} needs images whose side it divides")
     if cfg.upsample > 1 and cfg.num_samples:
