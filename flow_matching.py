@@ -372,7 +372,6 @@ def train(cfg, run, data, path):
         fields = training_fields(cfg, run, data, path)
         target = functools.partial(fm_target, path=path, fields=fields, until=cfg.fm_until)
     for x_1, y in run.batches(data):  # x_1 ~ q
-        y = y if cfg.class_conditional else torch.zeros_like(y)
         low = low_resolution(x_1, cfg.upsample) if cfg.upsample > 1 else None
         if data.is_image:
             x_1 = common.dequantize(x_1)
@@ -381,6 +380,7 @@ def train(cfg, run, data, path):
         net = conditioned(run.model, y, low)
         f = path.field(net) if cfg.objective == "cfm" else net
         if cfg.fm_until:
+            y = y if cfg.class_conditional else torch.zeros_like(y)
             loss = cfm_loss(f, x_0, x_1, t, path, target(x_0, x_1, t, y))  # Eq. 5
         else:
             loss = loss_of(f, x_0, x_1, t, path)  # Eq. 14, or App. E.1
