@@ -175,6 +175,7 @@ def test_two_processes_under_torchrun(tmp_path):
         "2",
     ]
     command = [*launcher, str(ROOT / "flow_matching.py"), *FM, "--steps", "60", "--out", "run"]
+    command += ["--device", "cpu"]  # NCCL wants a GPU for each
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
