@@ -97,8 +97,9 @@ def cli(main, config_class, presets):
         main(parse(config_class, presets))
     except (UserError, OSError, RuntimeError, MemoryError) as error:
         line = " ".join(str(error).split())
-        mendable = isinstance(error, (UserError, OSError, MemoryError, torch.OutOfMemoryError))
-        if not (mendable or "allocate memory" in line or "calculation overflowed" in line):
+        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in line:
+            line = f"too little memory: try a smaller --batch-size or network ({line})"
+        elif not (isinstance(error, (UserError, OSError)) or "calculation overflowed" in line):
             raise
         print(f"{Path(sys.argv[0]).name}: error: {line}", file=sys.stderr)
         raise SystemExit(2) from None
@@ -1122,9 +1123,11 @@ class Muon(torch.optim.Adam):
             p.grad = None  # so that Adam passes it over
         super().step()
         rows = [g.permute(0, 2, 3, 1).flatten(1) for g in gradients]  # views, if channels are last
-        for p, factor in zip(kernels, orthogonal_factors(rows), strict=True):
-            factor = factor.view(len(p), *p.shape[2:], -1).permute(0, 3, 1, 2)
-            p.sub_(factor, alpha=10 * group["lr"])
+        factors = [
+            factor.view(len(p), *p.shape[2:], -1).permute(0, 3, 1, 2)
+            for p, factor in zip(kernels, orthogonal_factors(rows), strict=True)
+        ]
+        torch._foreach_add_(kernels, factors, alpha=-10 * group["lr"])
 
 
 def orthogonal_factors(matrices):
@@ -1134,7 +1137,8 @@ def orthogonal_factors(matrices):
     its powers are taken, of all matrices whose shorter side is the same at once.
     """
     wide = [x.mT if x.shape[0] > x.shape[1] else x for x in matrices]
-    wide = [x / (x.norm() + 1e-7) for x in wide]
+    norms = [norm + 1e-7 for norm in torch._foreach_norm(wide)]
+    wide = torch._foreach_div(wide, norms)
     factors = [None] * len(wide)
     for side in {len(x) for x in wide}:
         same = [i for i, x in enumerate(wide) if len(x) == side]
@@ -1158,7 +1162,8 @@ class Run:
             run.step(loss(run.model, x))    # backward, clip, warm-up, Adam, EMA, log, checkpoint
 
     It writes config.json, metrics.jsonl and checkpoint.pt to cfg.out. A run that was killed at any
-    moment and resumed ends with the same weights, bit for bit (on one device and thread count).
+    moment and resumed ends with the same weights, bit for bit on a CPU with as many threads (on a
+    GPU convolutions sum in no fixed order, and differ by rounding).
 
     A paper of several trainings makes one Run for each, in the same folder, and names the later
     ones by `stage`: each has cfg.steps steps and its own checkpoint-<stage>.pt. `optimizer`:

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tensors are small: a second thread costs time
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # alike everywhere; name a GPU to test on it
 
 import numpy as np
 import pytest

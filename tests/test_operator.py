@@ -34,6 +34,7 @@ PATIENCE = 120  # seconds; a run takes one or two
 def child(script, arguments, folder, fault, environment):
     """Run the script in the folder, up to the fault (what, at which call) or training's end."""
     os.chdir(folder)
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # on a GPU sums have no fixed order; NCCL wants two
     if (folder / "common.py").exists():  # copies, which find nothing but each other
         sys.path[:] = [str(folder)] + [path for path in sys.path if not path.startswith(str(ROOT))]
         for name in [*SCRIPTS, "common"]:
@@ -227,6 +228,7 @@ def test_two_processes_hold_the_same_weights(script, tmp_path):
 
 def gradient_of_one_of_two(index, out, port):
     os.environ |= {
+        "CUDA_VISIBLE_DEVICES": "",
         "RANK": str(index),
         "WORLD_SIZE": "2",
         "MASTER_ADDR": "127.0.0.1",
