@@ -296,8 +296,8 @@ class Layer(nn.Module):
 
     def forward(self, h, t):
         t = common.bcast(t, h).expand(-1, 1, *h.shape[2:])  # (B, 1, H, W), one more channel
-        for norm, conv in zip(self.norms[:2], self.convs, strict=True):
-            h = conv(torch.cat([F.relu(norm(h)), t], dim=1))
+        for i, conv in enumerate(self.convs):
+            h = conv(torch.cat([F.relu(self.norms[i](h)), t], dim=1))
         return self.norms[2](h)
 
 

@@ -1,5 +1,8 @@
 """Speed beside public implementations, in one run: python tests/benchmark.py [--gpu] [--rows unet]
 
+Two kinds of rows are shown only where they are named: `presets --gpu` times the presets of CIFAR-10
+(flags such as `--amp on` go on to the scripts), `quality` trains on MNIST.
+
 Peers are used where installed: pip install torchcfm diffusers torchdiffeq. Every contender of a row
 runs in turn, round after round, so that a drift of the machine's speed meets all alike, and the row
 shows the least time of each: the rest is other programs'. Not collected by pytest.
@@ -8,6 +11,8 @@ shows the least time of each: the rest is other programs'. Not collected by pyte
 import argparse
 import copy
 import functools
+import gc
+import importlib
 import itertools
 import sys
 import tempfile
@@ -424,6 +429,62 @@ def straight_rows(device):
         row(f"assignment of {n} points", interleaved(contenders, 5), "solves/s", 1)
 
 
+# ---- The presets of CIFAR-10 ---------------------------------------------------------------------
+
+OF_CIFAR10 = ["flow_matching", "rectified_flow", "interflow", "score_sde", "consistency", "d3pm"]
+OF_CIFAR10 += ["ldm", "vae"]
+
+
+class LastStage(Exception):
+    """The training that a script is named after has been timed."""
+
+
+def preset_rows(device, flags):
+    """A training step of each script's preset for CIFAR-10, on images of noise, by stages: 8 steps
+    after 4, and the hours that all would take. flags: the script's own, such as --amp on."""
+    step, warm, last = common.Run.step, 4, 12
+
+    def timed(run, loss):
+        step(run, loss)
+        if run.done == warm:
+            synchronize()
+            run.started_at = time.perf_counter()
+        if run.done == last:
+            synchronize()
+            seconds = (time.perf_counter() - run.started_at) / (last - warm)
+            title = f"{run.cfg.script} {run.stage}, batch {run.cfg.batch_size}"
+            row(title, {"ours": seconds}, "images/s", run.cfg.batch_size)
+            size = sum(p.numel() for p in run.net.parameters()) / 1e6
+            hours = run.cfg.steps * seconds / 3600
+            about = f"{size:.1f} M parameters, {run.cfg.steps} steps would take {hours:.1f} h"
+            if device.type == "cuda":
+                about += f", {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB"
+            print(f"{'':34} {about}", flush=True)
+            run.cfg.steps = last  # so that the next stage begins
+            if not run.stage:
+                raise LastStage
+
+    def noise(*_):
+        return [
+            (torch.randint(256, (n, 3, 32, 32)).byte(), torch.arange(n) % 10)
+            for n in (10_000, 1000)
+        ]
+
+    common.Run.step, common.Run.save, common._torchvision_splits = timed, lambda run: None, noise
+    for name in OF_CIFAR10:
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        script = importlib.import_module(name)
+        arguments = ["--dataset", "cifar10", "--device", device.type, "--out", tempfile.mkdtemp()]
+        try:
+            script.main(common.parse(script.Config, script.PRESETS, [*arguments, *flags]))
+        except LastStage:
+            gc.collect()
+        except (common.UserError, torch.OutOfMemoryError) as error:
+            print(f"{name}: {' '.join(str(error).split())[:100]}")
+
+
 # ---- Quality on MNIST ----------------------------------------------------------------------------
 
 
@@ -621,14 +682,16 @@ def quality_rows(minutes, data_dir, folder):
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--gpu", action="store_true")
-    kinds = ["unet", "ode", "adjoint", "vector", "vae", "d3pm", "straight", "quality"]
+    kinds = ["unet", "ode", "adjoint", "vector", "vae", "d3pm", "straight", "presets", "quality"]
     parser.add_argument("--rows", choices=kinds)
-    about = "of training for each of the quality rows, which only --rows quality shows"
+    about = "of training for each of the quality rows"
     parser.add_argument("--minutes", type=float, default=10.0, help=f"CPU-minutes {about} [10]")
     parser.add_argument("--judge", help="a samples.npz of MNIST to judge, and nothing else")
     parser.add_argument("--data-dir", default="data", help="where MNIST lies for them [data]")
     parser.add_argument("--out", default="runs/quality", help="where they write [runs/quality]")
-    arguments = parser.parse_args()
+    arguments, others = parser.parse_known_args()
+    if others and arguments.rows != "presets":
+        parser.error(f"unknown: {' '.join(others)} (--rows presets hands flags on to the scripts)")
     device = torch.device("cuda" if arguments.gpu else "cpu")
     torch.set_float32_matmul_precision("high")
     print(f"torch {torch.__version__}, {device}, {torch.get_num_threads()} threads")
@@ -646,6 +709,9 @@ def main():
         return
     if arguments.rows == "quality":
         quality_rows(arguments.minutes, arguments.data_dir, arguments.out)
+        return
+    if arguments.rows == "presets":
+        preset_rows(device, others)
         return
     for name, show in rows.items():
         if arguments.rows in (None, name):
