@@ -8,14 +8,16 @@ Implements  Alg. 1, Alg. 2, Alg. 3, Alg. 4 (main, train, sample, reflow); Eq. 1 
             (V, descent of the cost); Eq. 20 (transfer of style); Sec. 2.2 (smoothing, one-step
             distillation); App. A (distillation to k steps, CIFAR-10); Fig. 3 (picture)
 Conventions t = 0 is the source, X_0 ~ pi_0: noise or data; t = 1 is the target, X_1 ~ pi_1: data.
-            A field is v(x, t). Euler's N steps evaluate it at t = 0, 1/N, ... (N - 1)/N.
+            A field is v(x, t). Euler's N steps evaluate it at t = 0, 1/N, ... (N - 1)/N, not N/N.
 Departures  1. Eq. 13 has the squares of its proof, c(x) = |x|^2; without them it does not hold.
             2. One-step distillation is by L2; the paper's LPIPS is a metric to pass to `rectify`.
-            3. Not stated, so chosen: a round starts from the moving average of the one before.
-            4. In 2-D a residual MLP with Fourier features, not two layers of 64 units.
-            5. On small images the U-Net sees patches of 2 x 2 pixels, and Muon trains its kernels.
-            6. Eq. 20 takes any h; the command line has Eq. 1. Left out: VE ODE, Sec. 5.4, FID, the
-               cost above that of the optimal assignment.
+            3. Alg. 2 initialises the model in every round, App. A fine-tunes the one before: here
+               its moving average, in the official code its weights.
+            4. In 2-D a residual MLP with Fourier features; Fig. 2 to Fig. 5 have Eq. 5's estimate.
+            5. The U-Net is Dhariwal & Nichol's, in DDPM++'s sizes on CIFAR-10, t embedded up to 30
+               radians. On small images it sees patches of 2 x 2 pixels; Muon trains its kernels.
+            6. Eq. 4, Eq. 5 and Eq. 20 are functions, which no flag calls. Left out: VE ODE,
+               Sec. 5.4, FID, the cost above that of the optimal assignment.
 Run         python rectified_flow.py   noise to eight Gaussians: S 1.47, then 0.0004; E|.|^2 6.08 of
                                        the coupling, then 0.869, 0.865; 90 s on one core
             python rectified_flow.py --source moons --dataset two_spirals data to data
@@ -80,7 +82,7 @@ SMALL_IMAGES = common.SMALL_UNET | {  # minutes on two cores
 PRESETS = dict.fromkeys(("glyphs", "mnist", "fashion_mnist", "folder"), SMALL_IMAGES) | {
     "cifar10": {  # App. A, where nothing else is said
         "steps": 800_000,  # official code: the published checkpoint
-        "later": 3 / 8,  # 300,000 steps
+        "later": 3 / 8,  # 300,000 steps; how many the distillation takes is not stated
         "pairs": 4_000_000,
         "batch_size": 128,  # official code
         "lr": 2e-4,
@@ -88,8 +90,8 @@ PRESETS = dict.fromkeys(("glyphs", "mnist", "fashion_mnist", "folder"), SMALL_IM
         "decay": "constant",  # official code
         "ema": 0.999999,
         "flip": True,  # official code
-        "solver": "dopri5",  # official code; the paper names no solver for the pairs
-        "blocks": 4,  # official code, like attention, width and mult: DDPM++
+        "solver": "dopri5",  # official code; Sec. 5's default, Euler, would need its N
+        "blocks": 4,  # DDPM++'s in official code, like attention, width and mult
         "attention": (16,),
         "dropout": 0.15,
     },
@@ -122,7 +124,7 @@ class VP(Linear):
     """The VP ODE of Song et al. (2021) and the continuous DDIM, as a nonlinear rectified flow."""
 
     a, b = 19.9, 0.1  # Eq. 7
-    t_max = 1 - 1e-3  # at t = 1 d beta / dt is infinite; official code's eps
+    t_max = 1 - 1e-3  # at t = 1 d beta / dt is infinite; here beta is 0.01
 
     def alpha(self, t):
         """alpha_t, its time derivative and 1 - alpha_t²."""
@@ -146,6 +148,8 @@ class SubVP(VP):
 
 class ConstantSpeedVP(VP):
     """The VP ODE's curves at a uniform speed: alpha_t = t (Fig. 5, last column)."""
+
+    t_max = 1 - 1e-5  # where beta, the square root of 1 - t², is 0.004
 
     def coefficients(self, t):
         beta = torch.sqrt((1 - t) * (1 + t))
@@ -192,7 +196,7 @@ def squared_error(v, x_0, x_1, t, interpolation=LINEAR):
 
 
 def rectified_flow_loss(v, x_0, x_1, t, interpolation=LINEAR):
-    """Eq. 1 as a mean over the dimensions too, which the paper sums over."""
+    """Alg. 2's loss: Eq. 1 as a mean over the dimensions too."""
     return squared_error(v, x_0, x_1, t, interpolation).mean() / x_0[0].numel()
 
 
@@ -223,7 +227,8 @@ def simulate(v, z, times=(0.0, 1.0), **solver):
 def straightness(z, times):
     """The integral of |Z_1 - Z_0 - dZ_t/dt|² for each path, (B,): its mean is S(Z).
 
-    z: paths (T, B, ...) of straight steps between the times (T,), as Euler's are.
+    z: paths (T, B, ...) of straight steps between the times (T,), as Euler's are. Of curved ones it
+    sees mean velocities alone: a lower bound.
     """
     steps = times.to(z).diff()[:, None]  # (T - 1, 1)
     velocity = z.diff(dim=0).flatten(2) / steps[..., None]
@@ -290,7 +295,8 @@ class Pairs:
 
 
 def rectify(cfg, net, pi_0, pi_1, device, metric=F.mse_loss):
-    """Alg. 1: rectify the coupling cfg.rounds times, then distil the last flow. Yields every Run.
+    """Alg. 1 with its Reflow and Distill: cfg.rounds rounds, then the last flow is distilled.
+    Yields every Run.
 
     A round simulates its pairs only if it has steps to do, and from a random stream of its own: a
     run that is resumed learns from the same pairs. `metric`: of the one-step distillation.
