@@ -294,7 +294,8 @@ def mirrored(x, generator=None):
 
 
 def load_data(cfg, device="cpu"):
-    """The data set that cfg names, on `device`. Raises UserError if it cannot be had."""
+    """The data set that cfg names, on `device`; its first n held-out examples are a random sample.
+    Raises UserError if it cannot be had."""
     name = cfg.dataset
     if name in DENSITIES:
         seeds = [torch.Generator().manual_seed(seed) for seed in (0, 1)]
@@ -317,6 +318,9 @@ def load_data(cfg, device="cpu"):
     if cfg.image_size and splits[0][0].shape[-1] != cfg.image_size:
         size = [cfg.image_size, cfg.image_size]
         splits = [(F.interpolate(x, size, mode="bilinear", antialias=True), y) for x, y in splits]
+    if name not in DENSITIES and name != "glyphs":  # files come by class or by writer
+        order = torch.randperm(len(splits[1][1]), generator=torch.Generator().manual_seed(0))
+        splits[1] = [v[order] for v in splits[1]]
     (train, train_labels), (test, test_labels) = [(x.to(device), y.to(device)) for x, y in splits]
     entropy = ENTROPIES.get(name)
     return Data(name, train, train_labels, test, test_labels, cfg.flip, entropy)

@@ -1,20 +1,23 @@
 """Flow Matching for Generative Modeling. Lipman, Chen, Ben-Hamu, Nickel, Le, arXiv 2210.02747v2
 
 Implements  Eq. 1 (flow); Eq. 5, Theorem 2 (FM loss); Eq. 6, Eq. 8 (path and field of finite data);
-            Eq. 10, Eq. 11, Eq. 14, Eq. 15, Theorem 3 (Gaussian paths, CFM loss); Eq. 16, Eq. 17
-            (VE); Eq. 18, Eq. 19 (VP); Eq. 20, Eq. 21, Eq. 22, Eq. 23 (OT); Eq. 31, Eq. 33, Eq. 34
-            (likelihood); Eq. 46 and App. E.1 (score matching, ScoreFlow, DDPM); App. C (bits per
-            dimension); Table 3 (CIFAR-10); App. E.2, Table 4 (K-sample NLL); Fig. 4 (picture);
-            Sec. 6.2, Fig. 7 (error of few evaluations); Sec. 6.3, Table 2 (super-resolution, PSNR)
+            Eq. 9, Eq. 10, Eq. 11, Eq. 14, Eq. 15, Theorem 3 (Gaussian paths, CFM loss); Eq. 16,
+            Eq. 17 (VE); Eq. 18, Eq. 19 (VP); Eq. 20, Eq. 21, Eq. 22, Eq. 23 (OT); Eq. 31, Eq. 33,
+            Eq. 34 (likelihood); Eq. 36, Eq. 37 (bits per dimension); App. E.1, Eq. 42, Eq. 45,
+            Eq. 46 (score matching, ScoreFlow, DDPM); Table 3 (CIFAR-10); Eq. 47, Table 4 (K-sample
+            NLL); Fig. 4 (picture); Sec. 6.2, Fig. 7 (error of few evaluations); Sec. 6.3, Table 2
+            (super-resolution, PSNR)
 Conventions t = 0 is noise, x_0 ~ N(0, I); t = 1 is data, x_1 ~ q. A field is v(x, t).
-Departures  1. App. E.1 prints the score's target and s = eps / sigma_t without their minus, which
-               Eq. 46 fits. Here s = grad log p = -eps / sigma_t, so u = T'(1-t)/2 [x + s].
-            2. VE: the paper fixes no sigma_t; here it is geometric. The target spans three orders
-               of magnitude, so the network's input and output are scaled, the loss weighted.
-            3. Not stated: sigma_min (1e-4 here), EMA, clipping, how images are shrunk (bicubic).
+Departures  1. Eq. 43's target and s = eps / sigma_t lack their minus in print; Eq. 42 and Eq. 46
+               have it. Here s = grad log p = -eps / sigma_t, so u = T'(1-t)/2 [x + s].
+            2. VE: the paper asks sigma_0 = 0, sigma_1 >> 1; here 0.01 to 10, geometric. The target
+               spans three orders, so the network's input and output are scaled, the loss weighted.
+            3. Not stated: sigma_min (1e-4 here), EMA, clipping, flips, how images are shrunk
+               (bicubic). On GPUs float32 products are TF32.
             4. In 2-D a residual MLP with Fourier features, not 5 layers of 512 units.
             5. How v_t sees the low-resolution image is not stated: as further channels.
-            6. Training, too, is on dequantised images. 391k steps are Table 3's, not 1000 epochs.
+            6. Training, too, is on dequantised images. 391k steps are Table 3's, not 1000 epochs;
+               of its 4 heads and 64 channels a head, the latter. t is embedded up to 30 radians.
             7. Small images: Muon trains the kernels of a U-Net that sees patches of 2 x 2 pixels
                and the class y, as v_t(x | y); log p(x, y) then bounds log p(x) from below. Before
                t = 0.4 the loss is FM's where u_t of the training images is cheap: by Theorem 2 only
@@ -53,7 +56,7 @@ class Config(common.Config):
     nfe: Count = 100  # evaluations of a fixed-step solver
     tol: Positive = 1e-5  # atol = rtol of dopri5, in sampling and likelihood (Sec. 6)
     nll_examples: Natural = 10_000  # held-out examples whose likelihood is computed
-    nll_samples: Count = 1  # K dequantisations per image (App. E.2, Table 4: 1, 20, 50)
+    nll_samples: Count = 1  # K dequantisations per image (Table 4: 1, 20, 50; Table 1: 50)
     divergence: Literal["exact", "rademacher", "gaussian"] = "exact"  # exact, or Eq. 34's probe z
     class_conditional: bool = False  # v_t(x | y) sees an example's class; not with --upsample
     fm_until: common.Fraction = 0.0  # t before which images' CFM loss is FM's; not with --upsample
@@ -79,10 +82,7 @@ SMALL_IMAGES = common.SMALL_UNET | {  # minutes on two cores
     "class_conditional": True,
     "fm_until": 0.4,  # soon after, OT's posterior of x_1 is one image
 }
-PRESETS = {
-    "glyphs": SMALL_IMAGES,
-    "mnist": SMALL_IMAGES,
-    "fashion_mnist": SMALL_IMAGES,
+PRESETS = dict.fromkeys(("glyphs", "mnist", "fashion_mnist"), SMALL_IMAGES) | {
     "folder": SMALL_IMAGES | {"fm_until": 0.0},  # its sum over the images may be long
     "cifar10": {  # Table 3, App. E.2; the channels' multiples and attention are the defaults
         "steps": 391_000,
@@ -91,8 +91,8 @@ PRESETS = {
         "warmup": 45_000,
         "decay": "linear",
         "width": 256,
-        "ema": 0.9999,  # not mentioned in the paper
-        "flip": True,  # not mentioned in the paper
+        "ema": 0.9999,  # not mentioned in the paper, like flips
+        "flip": True,
         "divergence": "rademacher",
     },
 }
@@ -247,7 +247,7 @@ def cfm_loss(v, x_0, x_1, t, path, u=None):
     """Conditional flow matching for a vector field v; u takes the place of x_1's own target."""
     u = path.dpsi(x_0, x_1, t) if u is None else u
     error = v(path.psi(x_0, x_1, t), t) - u  # Eq. 14; the OT path's is Eq. 23
-    return (bcast(path.weight(t), x_1) * error.square()).mean()
+    return (bcast(path.weight(t), x_1) * error.square()).mean()  # Eq. 9
 
 
 def fm_target(x_0, x_1, t, y, path, fields, until):
@@ -267,7 +267,7 @@ def fm_target(x_0, x_1, t, y, path, fields, until):
 def sm_loss(s, x_0, x_1, t, path):
     """Score matching with lambda(t) = sigma_t², for a score s; its target is -x_0 / sigma_t."""
     _, sigma, _, _ = path.coefficients(bcast(t, x_1))
-    return (sigma * s(path.psi(x_0, x_1, t), t) + x_0).square().mean()  # App. E.1, SM
+    return (sigma * s(path.psi(x_0, x_1, t), t) + x_0).square().mean()  # Eq. 42
 
 
 def sf_loss(s, x_0, x_1, t, path):
@@ -279,7 +279,7 @@ def sf_loss(s, x_0, x_1, t, path):
 
 def ddpm_loss(eps, x_0, x_1, t, path):
     """Noise matching, for a noise predictor eps."""
-    return (eps(path.psi(x_0, x_1, t), t) - x_0).square().mean()  # App. E.1, DDPM
+    return (eps(path.psi(x_0, x_1, t), t) - x_0).square().mean()  # Eq. 45
 
 
 LOSSES = {"cfm": cfm_loss, "sm": sm_loss, "sf": sf_loss, "ddpm": ddpm_loss}
@@ -331,7 +331,7 @@ def probe(x, divergence):
 
 
 def k_sample_log_prob(log_p, x, k):
-    """log 1/K sum_k p(x + u_k), u_k uniform on the bins of the 8-bit images x: App. E.2, Table 4.
+    """log 1/K sum_k p(x + u_k), u_k uniform on the bins of the 8-bit images x: Eq. 47, Table 4.
 
     log_p(x) -> (B,) is a density of continuous images; more samples give a tighter bound, if it is
     exact. An estimate of it must at least keep its probe: independent errors would raise the mean
@@ -381,9 +381,9 @@ def train(cfg, run, data, path):
         f = path.field(net) if cfg.objective == "cfm" else net
         if cfg.fm_until:
             y = y if cfg.class_conditional else torch.zeros_like(y)
-            loss = cfm_loss(f, x_0, x_1, t, path, target(x_0, x_1, t, y))  # Eq. 5
+            loss = cfm_loss(f, x_0, x_1, t, path, target(x_0, x_1, t, y))  # Eq. 5, 14
         else:
-            loss = loss_of(f, x_0, x_1, t, path)  # Eq. 14, or App. E.1
+            loss = loss_of(f, x_0, x_1, t, path)  # Eq. 14, or Eq. 42, Eq. 45
         run.step(loss)
 
 
@@ -393,7 +393,7 @@ def training_fields(cfg, run, data, path):
     Dequantisation's noise, 1 / 128 wide, is left out: beside sigma_t it is nothing before t = 0.9.
     """
     y = data.train_labels if cfg.class_conditional else torch.zeros_like(data.train_labels)
-    dtype = torch.bfloat16 if run.amp else None  # which leaves u good to 0.005
+    dtype = torch.bfloat16 if run.amp else None  # u: 0.006 off at t = 0.4
     fields = []
     for c in range(int(y.max()) + 1):
         x = common.to_float(data.train[y == c])
@@ -462,7 +462,7 @@ def evaluate_images(cfg, run, data, path):
         log_p = k_sample_log_prob(lambda x, f=log_p: f(x)[0], x_1, cfg.nll_samples)
         log_ps.append(log_p + log_prob_class(y[part], data) if cfg.class_conditional else log_p)
     if log_ps:
-        bpd = common.bits_per_dim(torch.cat(log_ps), c * h * w)  # App. C
+        bpd = common.bits_per_dim(torch.cat(log_ps), c * h * w)  # Eq. 36, Eq. 37
         figures = {"bits_per_dim": bpd.mean().item(), "standard_error": common.standard_error(bpd)}
         run.report("test", **figures, examples=len(bpd), dequantisations=cfg.nll_samples)
 
@@ -481,7 +481,8 @@ def draw(cfg, run, data, path, n):
 
 
 def compare(cfg):
-    """On 2-D data, the error of few midpoint evaluations against 1000: Fig. 7, left."""
+    """On 2-D data, the error of few midpoint evaluations against 1000: Fig. 7, left, which has the
+    mean square and no VE path."""
     methods = [
         ("ot", "cfm"),
         ("vp", "cfm"),

@@ -599,6 +599,11 @@ class Swapped(nn.Module):
         return self.net(t, x)
 
 
+def shuffled(images):
+    """MNIST's images come by writer: the first are no random sample."""
+    return images[torch.randperm(len(images), generator=torch.Generator().manual_seed(0))]
+
+
 def make_judge(data):
     torch.manual_seed(0)
     judge = Judge(data)
@@ -611,8 +616,10 @@ def judge_row(samples, data_dir):
     x = torch.from_numpy(np.load(samples)["arr_0"]).permute(0, 3, 1, 2)
     cfg = common.Config(dataset="mnist", data_dir=data_dir)
     data = common.load_data(cfg)
+    if x.shape[1:] != data.shape:
+        raise SystemExit(f"{samples} holds images of {tuple(x.shape[1:])}, MNIST's are {data.shape}")
     judge, n = make_judge(data), min(len(x), 10_000)
-    sets = {"samples": x, "training images": data.train, "test images": data.test}
+    sets = {"samples": x, "training images": shuffled(data.train), "test images": data.test}
     for name, images in sets.items():
         distance, certain = judge.distance(common.to_float(images[:n]))
         print(f"{n} {name}: distance {distance:.1f}, {certain:.1%} certain")
@@ -652,7 +659,7 @@ def quality_rows(minutes, data_dir, folder):
 
     data = common.load_data(settings("data", "1"))
     judge, n = make_judge(data), 500
-    floor, certain = judge.distance(common.to_float(data.train[:n]))
+    floor, certain = judge.distance(common.to_float(shuffled(data.train)[:n]))
     print(f"{n} training images: distance {floor:.1f}, {certain:.0%} certain", flush=True)
     for name, contender in {"ours": ours, "plain": plain, "torchcfm": torchcfm}.items():
         torch.manual_seed(0)
