@@ -14,14 +14,14 @@ Departures  1. Alg. 4 with mask 1, as App. D states it for strokes, erases the s
                line 2: here they start line 3 as they are. t_1, t_2 are scaled by side / 256.
             2. EDM's c_noise = ln(t) / 4 is moved to [0, 1], the range of the networks' time.
             3. LPIPS is an argument, train(..., d=partial(perceptual, network=lpips)), not a
-               download; FID in the greedy search is the energy distance; l1 and l2 are means.
-            4. lambda(t_n) of "cd" is iCT's, which learns faster; the preset of cifar10 has 1.
-               mu(k) has the paper's N(k); the official code has N(k) - 1.
+               download: d is l2, on CIFAR-10 too, where the paper's FIDs are LPIPS's. For FID the
+               greedy search has the energy distance; l1 and l2 are means.
+            4. But on CIFAR-10 lambda(t_n) of "cd" is iCT's, which learns faster, rates warm up and
+               decay, gradients are clipped. mu(k) has the paper's N(k), official code N(k) - 1.
             5. The U-Net is Dhariwal & Nichol's, not NCSN++. Small images: it sees patches of 2 x 2
                pixels and the class, of an edited image too; Muon trains its kernels; the teacher's
                P_mean is 0: strokes are decided at more noise. The teacher's EMA is --ema's.
-Run         python consistency.py                            a checkerboard: 2 minutes on one core;
-                energy distance 0.0016 in one step, 0.0011 in two, 0.0016 the teacher, each ± 0.0006
+Run         python consistency.py     energy distance 0.0016, 0.0011 in one, two steps; ± 0.0006
             python consistency.py --dataset mnist            digits, and editing.png
             python consistency.py --compare                  4 minutes: cd, ict and ct
             torchrun --nproc_per_node 8 consistency.py --dataset cifar10     Table 3; not run here
@@ -168,8 +168,9 @@ def huber(x, y):
 
 
 def perceptual(x, y, network, side=224):
-    """The metric of a network on pairs of images such as LPIPS, scaled to side x side pixels."""
-    x, y = (F.interpolate(v, (side, side), mode="bilinear") for v in (x, y))  # App. C
+    """The metric of a network on pairs of images such as LPIPS, smaller ones scaled to the side."""
+    if x.shape[-1] < side:
+        x, y = (F.interpolate(v, (side, side), mode="bilinear") for v in (x, y))  # App. C
     return network(x, y).flatten()
 
 
@@ -187,7 +188,7 @@ def mu_of(N, s_0, mu_0):
 
 
 def improved_N_of(k, K, s_0, s_1):
-    """N(k) of improved consistency training: s_0 + 1, doubled at equal intervals up to s_1 + 1."""
+    """N(k) of improved consistency training: N(k) - 1 doubles, at equal intervals, s_0 to s_1."""
     doublings = math.log2(s_1 // s_0)
     interval = max(1, math.floor(K / (doublings + 1)))
     return min(s_0 * 2 ** (k // interval), s_1) + 1  # iCT
@@ -228,7 +229,7 @@ def pair_loss(f, f_target, x_next, t_next, x, t, d):
 
 
 def edm_loss(D, x, z, P_mean=-1.2, P_std=1.2, sigma_data=0.5):
-    """The teacher's denoising loss: Karras et al. 2022, Table 1 and Eq. 8 there."""
+    """The teacher's denoising loss: Karras et al. 2022, Eq. 2 there, weighted as in Table 1."""
     sigma = (P_mean + P_std * torch.randn_like(x.flatten(1)[:, 0])).exp()  # (B,)
     weight = (sigma**2 + sigma_data**2) / (sigma * sigma_data) ** 2
     return (weight * l2(D(x + bcast(sigma, x) * z, sigma), x)).mean()

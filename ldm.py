@@ -12,10 +12,11 @@ Departures  1. App. C prints eps + sigma_t grad log p. Since eps = -sigma_t scor
             2. LPIPS is a download: the default takes features of a classifier trained here (as
                it starts, if there is one class). `train_autoencoder` takes any metric, LPIPS too.
             3. E, D and the discriminator step together; its norm and Table 16's first are GroupNorm
-               (official code: the latter). The autoencoder has no attention (Table 8, the dagger).
+               (official code's MLP is gated, and last). No attention in E, D (Table 8, the dagger).
             4. VQ latents are rescaled, too, though their deviation is near 1 (App. D.1).
-            5. Masks are boxes; captions are the labels spelled out. Left out: layouts, semantic
-               maps and BSR, other data for the same mechanisms; PLMS, a later paper.
+            5. By default a class stands beside t, an option of official code: the paper's is token.
+               Masks are boxes; captions are the labels spelled out. Left out: layouts, semantic
+               maps and BSR; guiding by LPIPS and by a classifier; PLMS, a later paper.
             6. Ours: how often y is dropped; sampling times T i / S. Marked: official code.
 Run         python ldm.py                                    digits by class, through guidance
             python ldm.py --dataset mnist                    the same, longer
@@ -43,6 +44,7 @@ from common import Count, Natural, Positive, Side, Sizes, UserError, bcast, grou
 Weight = Annotated[float, lambda v: 0 <= v < math.inf, "a number of at least 0"]
 Condition = Literal["class", "token", "caption", "super-resolution", "inpainting", "none"]
 Rate = Annotated[float, lambda v: 0 < v < 1, "a number between 0 and 1"]
+Share = Annotated[float, lambda v: 0 <= v <= 1, "a number in [0, 1]"]
 
 
 @dataclass
@@ -74,7 +76,7 @@ class Config(common.Config):
     loss: Literal["l2", "l1"] = "l2"  # of stage two; official code: l1 for some data sets
     sampler: Literal["ddim", "ancestral"] = "ddim"  # of the reverse process
     sampling_steps: Count = 25  # S
-    eta: common.Fraction = 0.0  # noise of DDIM; at 1 it would be ancestral sampling
+    eta: Share = 0.0  # noise of DDIM; 1 is ancestral sampling, and the paper's figures
     width: Count = 32  # base channels of the U-Net
     blocks: Count = 1  # its residual blocks per level
     mult: Sizes = (1,)  # its channel multiples
@@ -219,9 +221,12 @@ def quantise(z, codebook):
 
 
 def vq_loss(z, z_q, beta=0.25):
-    """Moves codes to latents and, beta times, latents to codes: the mean over all elements."""
+    """Moves codes to latents and, beta times, latents to codes: the mean over all elements.
+
+    (In official code beta stands at the other term, by a mistake that it keeps.)
+    """
     codebook, commitment = (z_q - z.detach()).square(), (z_q.detach() - z).square()
-    return (codebook + beta * commitment).mean()  # App. G: VQ-reg.; beta: official code
+    return (codebook + beta * commitment).mean()  # App. G: VQ-reg.; [VQ-VAE]'s loss and beta
 
 
 def perceptual_distance(features, x, x_hat):
@@ -242,7 +247,7 @@ def adversarial_losses(discriminate, x, x_hat):
     real_logits, fake_logits = discriminate(torch.cat([x, fake])).chunk(2)
     hinge = (F.relu(1 - real_logits).mean() + F.relu(1 + fake_logits).mean()) / 2
     (slope,) = torch.autograd.grad(-fake_logits.mean(), fake, retain_graph=True)
-    return hinge, (slope * x_hat).sum()  # App. G: L_adv; hinge: official code
+    return hinge, (slope * x_hat).sum()  # App. G: minus its L_adv; hinge: official code
 
 
 def adaptive_weight(rec, adv, last):
@@ -328,7 +333,10 @@ def features(net, x):
 
 
 class MultiHeadAttention(nn.Module):
-    """Queries from h (B, N, C), keys and values from context (B, M, D) -> (B, N, C)."""
+    """Queries from h (B, N, C), keys and values from context (B, M, D) -> (B, N, C).
+
+    (Sec. 3.3 prints the shapes of W_Q and W_V in each other's place.)
+    """
 
     def __init__(self, width, context, heads):
         super().__init__()
@@ -492,11 +500,13 @@ def degrade(model, x):
     f, condition = model.cfg.f, model.cfg.condition
     if condition == "super-resolution":
         low = low_resolution(x)
-        concat = F.interpolate(low, scale_factor=4 / f, mode="bicubic")  # Sec. 4.4: tau is identity
+        concat = F.interpolate(
+            low, scale_factor=4 / f, mode="bicubic"
+        )  # Sec. 4.4: tau is identity if f = 4
         return F.interpolate(low, scale_factor=4, mode="bicubic"), concat, torch.ones_like(x)
     if condition == "inpainting":
         holes = random_boxes(x)
-        given = x * (1 - holes)  # Sec. 4.5; what is laid beside z_t: official code
+        given = x * (1 - holes)  # Sec. 4.5; in official code holes are -1, their mask +-1
         concat = torch.cat([model.encode(given), F.avg_pool2d(holes, f)], dim=1)
         return given, concat, holes
     return None, None, None
@@ -713,7 +723,8 @@ def evaluate_restoration(run, process, x, y, judge):
 
 @torch.no_grad()
 def evaluate_enlarged(run, process, classes, n=4):
-    """Samples; samples of latents twice as large; the same led by the first, as in Fig. 14."""
+    """Samples; samples of latents twice as large; the same led by the first, as in Fig. 14,
+    where there are no classes."""
     y = torch.arange(n, device=run.device) % classes if run.cfg.condition in LABELS else None
     small = generate(run.ema, process, n, y)
     large = [generate(run.ema, process, n, y, enlarge=2, led_by=x) for x in (None, small)]

@@ -11,13 +11,13 @@ Implements  Eq. 5, Eq. 30, Eq. 31 (VE SDE), Eq. 32, Eq. 33 (VP), Eq. 12, Eq. 34 
             App. H.2 (CIFAR-10)
 Conventions t = 0 is data, x_0; t = 1 is noise. A score is s(x, t); eps is the smallest time.
 Departures  1. N equal steps from t = 1 to eps, beta_i = h beta(t_i): Eq. 20 and Eq. 24 for the
-               continuous model. For the sub-VP SDE, where the paper gives none, Euler steps.
+               continuous model. Sub-VP, where the paper gives none, takes Euler's: Eq. 46 is Eq. 6.
             2. The paper, not the official code: the corrector follows the predictor; alpha_i is
-               the product a(t_i)², not 1 - beta_i, for sub-VP too; Tweedie's formula at eps ends
-               the sampler; imputation starts from noised data and denoises the unknown part too.
-            3. --score residual: the network corrects the score of N(0, I), with which so small a
-               one learns faster; "noise" is the authors' -net / std. It sees x scaled to unit size.
-            4. --weighting likelihood, g², is of the authors' later paper and in their code.
+               the product a(t_i)², not 1 - beta_i, for sub-VP too; Tweedie's formula at eps ends PC
+               (not the ODE); imputation starts from noised data and denoises the unknown part too.
+            3. --score residual: the network corrects the score of data N(0, I), with which so small
+               a one learns faster; "noise" is -net / std, the authors' for VP and sub-VP.
+            4. --weighting likelihood is of the authors' later paper. Training, too, dequantises.
             5. The U-Net is Dhariwal & Nichol's; DDPM++, and NCSN++ for VE, differ in details. On
                small images it sees patches of 2 x 2 pixels, and Muon trains its kernels. The
                classifier has two convolutions; theirs is a Wide-ResNet-28-10.
@@ -56,12 +56,12 @@ class Config(common.Config):
     beta_min: Positive = 0.1  # VP, sub-VP: beta(0) (App. C)
     beta_max: Positive = 20.0  # VP, sub-VP: beta(1) (App. C)
     score: Literal["residual", "noise"] = "residual"  # what the network gives: Departure 3
-    levels: Natural = 0  # train on N noise levels, like SMLD and DDPM (Eq. 1, 3); 0: on all
+    levels: Natural = 0  # train on N noise levels, as SMLD and DDPM do (Eq. 1, 3); 0: on all
     weighting: Literal["variance", "likelihood"] = "variance"  # lambda(t) in Eq. 7: std² or g²
     predictor: Literal[(*PREDICTORS, "none")] = "reverse_diffusion"  # reverse step (App. H.1)
     sampler_steps: Count = 100  # N, predictor steps from t = 1 to eps (Alg. 1)
-    corrector_steps: Natural = 1  # M, Langevin steps after each predictor step (App. H.1: 1 or 0)
-    snr: Positive = 0.16  # r, signal-to-noise ratio of the Langevin steps (App. H.1)
+    corrector_steps: Natural = 1  # M, Langevin steps per predictor step (App. H.1: VE 1, VP 0)
+    snr: Positive = 0.16  # r, signal-to-noise ratio of the Langevin steps (App. H.1: VE)
     tol: Positive = 1e-5  # atol = rtol of the ODE solver (App. D.2, D.4)
     nll_examples: Natural = 2_000  # held-out examples whose likelihood is computed
     nll_repeats: Count = 1  # dequantisations and probes averaged per image (App. D.2: 5)
@@ -79,16 +79,17 @@ class Config(common.Config):
 # fmt: off
 SMALL_IMAGES = common.SMALL_UNET | {  # minutes on two cores
     "steps": 6_000, "sde": "subvp", "tol": 1e-4, "nll_examples": 64, "divergence": "rademacher",
-    "classifier_steps": 2_000, "sigma_max": 50.0,  # App. C
+    "classifier_steps": 2_000, "sigma_max": 50.0,  # VE: about the images' diameter
 }
 PRESETS = {
     "glyphs": SMALL_IMAGES, "mnist": SMALL_IMAGES, "fashion_mnist": SMALL_IMAGES,
     "folder": SMALL_IMAGES,
-    "cifar10": {  # DDPM++ cont. (sub-VP) of Table 2; width, mult, attention: official code
+    "cifar10": {  # DDPM++ cont. (sub-VP), Table 2, Table 3; width, mult, attention: official code
         "steps": 1_300_000, "batch_size": 128, "blocks": 4, "ema": 0.9999,  # App. H.1
         "lr": 2e-4, "warmup": 5_000, "decay": "constant", "flip": True,  # official code
         "dropout": 0.1, "divergence": "rademacher",  # official code
-        "sde": "subvp", "sigma_max": 50.0, "score": "noise",  # App. C
+        "sde": "subvp", "score": "noise",  # App. H.1; --sde ve: --ema 0.999 --corrector-steps 1
+        "sigma_min": 0.02, "sigma_max": 100.0,  # official code's 0.01 and 50, of images in [0, 1]
         "nll_examples": 10_000, "nll_repeats": 5,  # App. D.2
         "sampler_steps": 1_000, "corrector_steps": 0,  # App. H.1
         "predictor": "euler_maruyama", "classifier_steps": 50_000,  # App. H.2; not stated
@@ -246,7 +247,8 @@ def score_model(net, sde, kind="noise"):
 
 
 def draw_times(n, sde, levels=0, device=None):
-    """t ~ U(eps, 1), (n,); or from i / N for N levels, where Eq. 7 becomes Eq. 1 or Eq. 3."""
+    """t ~ U(eps, 1), (n,); or from i / N for N levels, where Eq. 7 becomes Eq. 1 or Eq. 3 as N
+    grows. (Below 1 / N such a network is not trained, yet samplers go to eps.)"""
     u = torch.rand(n, device=device)
     if levels:
         return (torch.floor(u * levels) + 1) / levels  # Eq. 1, Eq. 3
@@ -289,7 +291,7 @@ def pc_sample(score, sde, x, steps, predictor, correctors=0, snr=0.16, impute=No
 
     Args:
         steps, correctors, snr: N, M and r of the paper.
-        predictor: one of PREDICTORS, or "none".
+        predictor: one of PREDICTORS, or "none": Langevin steps alone, the first at t_{N-1}.
         impute: a function (x, t) that puts the known part at time t into x (see `imputation`).
         trace: a list, to which x is appended at each of the N + 1 times.
     """
@@ -492,8 +494,9 @@ def check(cfg, data):
 def evaluate_vectors(cfg, run, data, sde, score, sample, flow, with_classes):
     """2-D data: likelihood against the entropy; both samplers and their paths; conditioning."""
     x_1, test, trace = sde.prior(10_000, 2, device=run.device), data.test[:10_000], []
+    solver = {"rtol": cfg.tol, "atol": cfg.tol}
     if cfg.nll_examples:
-        x_0, solver = data.test[: cfg.nll_examples], {"rtol": cfg.tol, "atol": cfg.tol}
+        x_0 = data.test[: cfg.nll_examples]
         log_p, nfe = log_prob(score, sde, x_0, cfg.divergence, **solver)
         figures = {"nll": -log_p.mean().item(), "standard_error": common.standard_error(log_p)}
         if data.entropy is not None:
@@ -511,10 +514,10 @@ def evaluate_vectors(cfg, run, data, sde, score, sample, flow, with_classes):
     bound = 1.3 * test.abs().max().item()
     y = (torch.arange(3_000, device=run.device) % 6 - 2.5) * (bound / 4)  # six values
     impute = imputation(y[:, None], torch.tensor([True, False], device=run.device), sde)
-    clouds["x_2 for six values of x_1"], _ = sample(x_1[: len(y)], impute=impute)
+    clouds["given one of six abscissae"], _ = sample(x_1[: len(y)], impute=impute)
     panels = [(title, common.density_image(x, bound, bins=64)) for title, x in clouds.items()]
     side = (torch.arange(64, device=run.device) + 0.5) * (2 * bound / 64) - bound
-    density, _ = log_prob(score, sde, torch.cartesian_prod(side, side), method="rk4", steps=20)
+    density, _ = log_prob(score, sde, torch.cartesian_prod(side, side), **solver)
     panels.append(("the ODE's exact density", common.heat_image(density.exp().view(64, 64).cpu())))
     times = torch.linspace(1, sde.eps_sample, len(trace))
     sizes = torch.stack(sde.kernel(times)).norm(dim=0)[:, None]  # sqrt(a² + std²)
@@ -522,7 +525,7 @@ def evaluate_vectors(cfg, run, data, sde, score, sample, flow, with_classes):
     for title, x in (("SDE", torch.stack(trace)[:, :12]), ("ODE, same starts", by_ode)):
         curves = (x[..., 0].cpu() / sizes).T
         lines = [("line", torch.stack([1 - times, x], 1), "#3c50a8", 1) for x in curves]
-        panels.append((f"x_1 from t = 1 to 0: {title}", common.chart(lines, (0, 1, -3, 3))))
+        panels.append((f"abscissa, t = 1 to 0: {title}", common.chart(lines, (0, 1, -3, 3))))
     common.save_panels(run.folder / "samples.png", panels[:4], panels[4:])
 
 
@@ -589,8 +592,9 @@ def independent_pixels(train, test):
 
 
 def compare(cfg, data, device):
-    """On 2-D data, Table 1: every SDE's samplers at equal numbers of evaluations, M corrector steps
-    after each predictor step; and App. D.5: codes by two networks, one of half the width."""
+    """On 2-D data, after Table 1: every SDE's samplers at equal numbers of evaluations, M corrector
+    steps after each predictor step, of models trained on all t; and App. D.5, for sub-VP: codes by
+    two networks, one of half the width (the paper: VE, half the depth)."""
     budgets = cfg.sampler_steps // 2, cfg.sampler_steps, 2 * cfg.sampler_steps
     test, table = data.test[:10_000], []
 
@@ -602,7 +606,7 @@ def compare(cfg, data, device):
         train(here, run, data, sde)
         return score_model(run.ema, sde, cfg.score), sde
 
-    for name in ("ve", "vp", "subvp"):
+    for name in ("ve", "vp", "subvp"):  # the last one's codes are compared below
         score, sde = trained(name, cfg.width)
         x_1 = sde.prior(5_000, 2, device=device)
         for predictor, M in [*itertools.product(PREDICTORS, (0, 1)), ("none", 2)]:

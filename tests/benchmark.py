@@ -230,9 +230,9 @@ class Field(torch.nn.Module):
 CPU = [torch.profiler.ProfilerActivity.CPU]
 
 
-def peak_megabytes(work):
+def peak_megabytes(work, device):
     """The most memory of tensors that the work holds at once on top of what was held before it."""
-    if torch.cuda.is_available():
+    if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         work()
@@ -278,7 +278,7 @@ def adjoint_rows(device):
             for name, work in contenders.items():
                 before = f.calls
                 forward = work()
-                total, peak = f.calls - before, peak_megabytes(work)
+                total, peak = f.calls - before, peak_megabytes(work, device)
                 print(f"{'':34} {name}: evaluations {forward} + {total - forward}, {peak:.1f} MB")
 
 
@@ -448,6 +448,8 @@ def preset_rows(device, flags):
         step(run, loss)
         if run.done == warm:
             synchronize()
+            if device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats()
             run.started_at = time.perf_counter()
         if run.done == last:
             synchronize()
@@ -474,7 +476,6 @@ def preset_rows(device, flags):
     for name in OF_CIFAR10:
         if device.type == "cuda":
             torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
         script = importlib.import_module(name)
         arguments = ["--dataset", "cifar10", "--device", device.type, "--out", tempfile.mkdtemp()]
         try:
@@ -617,7 +618,9 @@ def judge_row(samples, data_dir):
     cfg = common.Config(dataset="mnist", data_dir=data_dir)
     data = common.load_data(cfg)
     if x.shape[1:] != data.shape:
-        raise SystemExit(f"{samples} holds images of {tuple(x.shape[1:])}, MNIST's are {data.shape}")
+        raise SystemExit(
+            f"{samples} holds images of {tuple(x.shape[1:])}, MNIST's are {data.shape}"
+        )
     judge, n = make_judge(data), min(len(x), 10_000)
     sets = {"samples": x, "training images": shuffled(data.train), "test images": data.test}
     for name, images in sets.items():

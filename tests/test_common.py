@@ -389,6 +389,21 @@ def test_image_folder(tmp_path):
     assert y.shape == (7,)
 
 
+def test_held_out_images_come_in_no_order(tmp_path):
+    """A folder's files are read class by class, and scripts measure the first n held-out ones."""
+    for name, colour in {"a": 0, "b": 255}.items():
+        (tmp_path / name).mkdir()
+        for j in range(100):
+            level = (colour + (j if name == "a" else -j)) % 256
+            Image.new("RGB", (4, 4), (level,) * 3).save(tmp_path / name / f"{j:03}.png")
+    cfg = small_config(tmp_path, dataset=str(tmp_path), image_size=4)
+    data = common.load_data(cfg)
+    assert data.test_labels.tolist().count(0) == 10
+    assert set(data.test_labels[:10].tolist()) == {0, 1}  # all of one: once in 184,756 orders
+    assert ((data.test[:, 0, 0, 0] > 127).long() == data.test_labels).all()  # with their labels
+    assert torch.equal(data.test, common.load_data(cfg).test)
+
+
 def test_photographs_stand_upright(tmp_path):
     """A camera on its side writes its pixels as they fall, and says so by EXIF's orientation."""
     image = Image.new("RGB", (16, 16))
