@@ -68,7 +68,7 @@ class Config(common.Config):
     levels: Levels = 8  # K of images
     length: Count = 128  # characters of an example of text
     neighbours: Count = 5  # k of the graph over characters (App. A.2.4, Fig. 5)
-    band: Count = 1  # v of the band-diagonal family (Eq. 10)
+    band: Count = 1  # v of the band-diagonal family (Eq. 10); 8 levels need 2
     infer_steps: Count = 128  # reverse steps of samples, at most T: k at a time (Sec. 3.3)
     bound_steps: Count | None = None  # steps of the chain whose bound is computed; T if not given
     bound_examples: Natural = 512  # held-out examples whose bound is computed
