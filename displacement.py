@@ -1,11 +1,12 @@
 """A Convexity Principle for Interacting Gases. McCann, Advances in Mathematics 128 (1997), 153-179
 
 Implements  Definition 1.1 (displacement interpolation), Example 1.7 (between Gaussians; Bures'
-            formulas); as the paper's abstract states them, p. 153: [pressure], [convexity
-            principle], [ground state], [norm concavity], [Brunn-Minkowski]. By name, where no place
-            could be verified: [monotone rearrangement] (one dimension), [optimal assignment] (point
-            clouds), [push-forward] (with the Jacobian determinant), [internal energy], [external
-            potential], [interaction energy], [condition on A], [convex potentials], [velocity]
+            formulas); as the paper's abstract states them, p. 153: [convexity principle], [norm
+            concavity]. By name, where no place could be verified: [monotone rearrangement] (one
+            dimension), [push-forward] (with the Jacobian determinant), [internal energy],
+            [interaction energy], [pressure], [condition on A], [convex potentials], [ground state],
+            [Brunn-Minkowski]. Ours or later: [optimal assignment] (of point clouds, which are no
+            densities), [external potential], [velocity]
 Conventions t = 0 is rho_0, t = 1 is rho_1, both given; T = grad psi, psi convex, T_# rho_0 = rho_1.
             E = U + F + G: U = int A(rho) dx, F = int W drho, G = 1/2 iint V(x - y) drho drho (the
             abstract's potential energy); the 1/2 stands in G alone. Energies are in float64.
@@ -259,7 +260,7 @@ def interaction(x, mass, V):
 
 def pressure(A, rho):
     """P(rho) = rho A'(rho) - A(rho), (n,) -> (n,)."""
-    return rho * torch.func.vmap(torch.func.grad(A))(rho) - A(rho)  # p. 153, [pressure]
+    return rho * torch.func.vmap(torch.func.grad(A))(rho) - A(rho)  # [pressure]
 
 
 def condition_on_A(A, d):
@@ -324,7 +325,7 @@ def minkowski(K, L, t):
 def brunn_minkowski_excess(K, L, t):
     """|(1-t)K + tL|^½ - (1-t)|K|^½ - t|L|^½ of convex polygons: never below 0."""
     roots = area(K).sqrt(), area(L).sqrt()
-    return area(minkowski(K, L, t)).sqrt() - interpolate(*roots, t)  # p. 153, [Brunn-Minkowski]
+    return area(minkowski(K, L, t)).sqrt() - interpolate(*roots, t)  # [Brunn-Minkowski]
 
 
 # ---- The ground state of an interacting gas -----------------------------------------------------
@@ -356,7 +357,7 @@ def ground_state(x, q):
     beta = math.sqrt(math.pi) * math.gamma(k + 1) / math.gamma(k + 1.5)  # int (1 - x²)^k dx
     height = ((q - 1) / (2 * q)) ** k
     radius = (height * beta) ** (-1 / (2 * k + 1))  # so that the mass is 1
-    rho = height * (radius**2 - x**2).clamp(min=0) ** k  # p. 153, [ground state]
+    rho = height * (radius**2 - x**2).clamp(min=0) ** k  # [ground state], ours
     U = radius**2 / (3 * q - 1)  # int rho^q / (q - 1)
     return rho, U * (q + 1) / 2  # G = (q - 1) U / 2, as dilations leave E at rest
 
@@ -594,9 +595,11 @@ def evaluate_gases(run):
 
 
 def draw(cfg, source, data, n):
-    """n points of rho_t at cfg.time, from clouds of n points, (n, 2)."""
-    x_0, x_1 = source.batch(n)[0], data.batch(n)[0]
-    return interpolate(x_0, optimal_pairs(x_0, x_1)[0], cfg.time)
+    """n points of rho_t at cfg.time, (n, 2), from clouds of cfg.batch_size or more: small clouds
+    move farther than their densities."""
+    size = max(n, cfg.batch_size)
+    x_0, x_1 = source.batch(size)[0], data.batch(size)[0]
+    return interpolate(x_0, optimal_pairs(x_0, x_1)[0], cfg.time)[:n]
 
 
 def prepare(cfg):

@@ -11,8 +11,8 @@ Implements  Eq. 2 (explicit and implicit score matching, J_ESMq and J_ISMq), Eq.
 Conventions x is data, x_tilde = x + sigma z corrupted data, psi = grad log p = -grad E. Functions
             J_... return values per example, (..., D) -> (...); the paper's J are their means.
 Departures  1. The paper has no experiments: data sets, sizes and figures are this file's own.
-            2. Tied weights fix the unit of length: a unit's step |W_j| is about 4 / |W_j| wide, so
-               only in large units can it be both long and steep. --scale multiplies the data.
+            2. A hidden unit's step, |W_j| high, is about 4 / |W_j| wide: beside the data it can be
+               high and steep only where these are large numbers. --scale multiplies them.
             3. One auto-encoder for each of several noise levels, trained side by side, each on
                sigma² J.
             4. Langevin dynamics without a Metropolis test. A level's chains start where the coarser
@@ -167,7 +167,8 @@ def parzen_log_prob(x_tilde, data, sigma):
 
 
 def parzen_reconstruct(x_tilde, data, sigma):
-    """The best denoiser E[x | x_tilde]: the mean of the data weighted by q_sigma(x_tilde | x_i)."""
+    """The best denoiser of noisy rows of data, E[x | x_tilde]: their mean, weighted by
+    q_sigma(x_tilde | x_i)."""
     return _parzen_logits(x_tilde, data, sigma).softmax(-1) @ data
 
 

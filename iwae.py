@@ -12,8 +12,8 @@ Conventions x is binary and flat, (B, D), drawn with mean level / 255 at every v
 Departures  1. Batches of 100 and a cosine fall of the rate, for minutes on a CPU instead of the
                paper's 9,840,000 steps of 20 images, which the last command takes.
             2. sigma = exp(linear), not sigma²; the output's first bias is the logit of the mean
-               pixel; A_u of an upper layer averages over samples of the layer below: the first two
-               as in the official code, which takes one sample for the third.
+               pixel: both as in the official code. A_u is of 2,000 test images, and in an upper
+               layer averages over samples of the layer below (there: 500 training images, one).
             3. Images are drawn with replacement; colour channels are binarised like grey ones.
 Run         python iwae.py                                          glyphs
             python iwae.py --dataset mnist --objective vae --k 1    a VAE on digits

@@ -13,7 +13,8 @@ Departures  1. The error is a mean over the cases, not a sum. Where in the paper
             2. sigma² = exp(2 z) + sigma_min²: the robot's angles have no noise, and without a floor
                their likelihood has no bound. --sigma-min 1e-9 is the paper's sigma = exp(z).
             3. Starting weights and a weight decay of 1e-7 (a .csv's: 1e-5), lest a unit become a
-               step between two cases, are ours: the centres start at K of the targets.
+               step between two cases, are ours: inputs are standardised, centres start at targets
+               apart, biases decay too.
             4. Eq. 47 is printed with sigma_i², but Eq. 46, a sum over c dimensions, has c sigma_i².
             5. The robot's networks are those after the last cycle; the paper keeps, of every tenth,
                the best by its test set's error. Our test sets have 10,000 cases, not 1,000.
@@ -178,7 +179,7 @@ def mode(m, iterations=100):
     """The most likely t, (B, c): ascent of p(t | x) from every centre, and the highest end.
 
     Where the gradient of log p vanishes t is the mean of the centres with weights pi_i / sigma_i²;
-    to go there never lowers p, since it is a step of the EM algorithm.
+    to go there never lowers p, since it is a step of the EM algorithm. (Sec. 3 names no algorithm.)
     """
     spread = Mixture(*(part[:, None] for part in m))  # every kernel, for each of K starts
     t = m.mu  # (B, starts, c)
@@ -362,8 +363,11 @@ class Network(nn.Module):
 
 
 def starting_mixture(t, kernels):
-    """z ((c + 2) K,): kernels at some of the targets, apart so that their gradients differ."""
-    mu = t[torch.randint(len(t), (kernels,))]
+    """z ((c + 2) K,): kernels at targets apart (k-means++), or two take one branch and one dies."""
+    mu = t[torch.randint(len(t), (1,))]
+    while len(mu) < kernels:
+        square = torch.cdist(t, mu).amin(dim=1).square()
+        mu = torch.cat([mu, t[torch.multinomial(square + 1e-12, 1)]])
     log_sigma = t.std(dim=0).log().mean().expand(kernels)
     return torch.cat([0 * log_sigma, log_sigma, mu.flatten()])
 
@@ -390,6 +394,9 @@ class BFGS(torch.optim.Optimizer):
         E, g, H = state["E"], state["g"], state.get("H")
         direction = -g if H is None else -(H @ g)
         slope = (g @ direction).item()
+        if slope > 0:  # H is spoilt by rounding: the next cycle begins anew
+            state.clear()
+            return
         if -slope < 1e-14 * (1 + abs(E)):  # converged, to rounding
             return
         # A point low enough on the line, where the slope has risen enough (Wolfe): then y.s > 0
@@ -404,7 +411,7 @@ class BFGS(torch.optim.Optimizer):
             else:
                 break
             length = (low + high) / 2 if high < math.inf else 2 * length
-        else:  # H is spoilt by rounding: the next cycle begins anew
+        else:  # spoilt, too
             vector_to_parameters(w, self.weights)
             state.clear()
             return
@@ -452,7 +459,8 @@ def evaluate(cfg, run, m, y, pairs):
 
 
 def robot_table(run, m, y, x):
-    """Errors of the hand that should be at x, ours beside the paper's."""
+    """Errors of the hand that should be at x, ours beside the paper's where it has them. (A narrow
+    kernel that is unlikely may hold the mode, and the central value.)"""
     angles = {"least squares": y, "conditional mean": conditional_mean(m)}
     angles |= {"most probable component": most_probable(m), "central value": central_value(m)}
     angles |= {"mode": mode(m), "sample": sample(m)}

@@ -11,12 +11,12 @@ Conventions z is (..., K d): K groups of d latents; p(z) = prod_k p(z_k | z_<k),
             x is flat and binary, drawn anew at every visit with mean level / 255. All in nats.
 Departures  1. The paper's backbone is NVAE, its classifiers are residual convolutions with squeeze
                and excitation; both are small MLPs here, and colour is averaged to grey.
-            2. No code of the paper was found: sizes, rates and Langevin's step are ours; 5,000
-               proposals, K classifiers that see all z_<k, are as later literature reports it.
+            2. No code of the paper was found: sizes, rates and Langevin's step are ours; MNIST's
+               5,000 proposals, K classifiers that see all z_<k, are as later literature reports.
             3. For FID stands a Frechet distance in the features of a small classifier, trained
                here on the data's labels: comparable within a run, and with nothing else.
             4. log Z by Monte Carlo is low in expectation, so the bound is high, by about
-               1 / (2 M) (M / ESS - 1) with M draws: both figures are printed.
+               1 / (2 M) (M / ESS - 1) with M draws: M and, of the first group, ESS / M are printed.
 Run         python ncp_vae.py                                    two latents; 93 CPU-s: bound (50
                 draws) -137.95 -> -137.54 nats, Frechet distance 120.3 -> 72.6
             python ncp_vae.py --dataset mnist                    ten latents; 4.6 CPU-minutes, one
@@ -361,13 +361,13 @@ def compare_bounds(cfg, run, vae, log_r, test):
     gains = {"elbo": (ncp - base).mean(dim=0), "log_p": log_mean(ncp) - log_mean(base)}
     for name, gain in gains.items():
         figures = {"nats": gain.mean().item(), "standard_error": common.standard_error(gain)}
-        run.report(f"gain of {name}", **figures)
+        run.report(f"gain of {name}", **figures, log_z_draws=proposals)  # whose error is left out
 
 
 def compare_samples(cfg, run, vae, log_r, judge, x, train):
     """Distances of samples to test images x (N, 1, H, W), of levels in [0, 1]: in the judge's
-    features, in pixels, and of the latents to those of x. What draws from q(z), of training images,
-    reach is the least that a prior can. Returns each sampler's latents and its first figure."""
+    features, in pixels, and of the latents to those of x. Draws from q(z), of training images,
+    reach what a prior equal to q(z) would. Returns each sampler's latents and its first figure."""
     z_x = vae.encode(torch.bernoulli(x).flatten(1))[0][0]
     latents = {name: draw(cfg, vae, log_r, len(x), name) for name in SAMPLERS}
     features, frechet = judge.features(x), {}
@@ -383,6 +383,7 @@ def compare_samples(cfg, run, vae, log_r, judge, x, train):
 @torch.no_grad()
 def evaluate(cfg, first, second, judge, data):
     """Diagnostics of the classifiers, bounds, sample quality, and the picture."""
+    torch.manual_seed(cfg.seed)
     vae, log_r, run = first.ema, second.ema, first
     order = torch.randperm(len(data.test), generator=torch.Generator().manual_seed(0))
     levels = grey(common.to_float(data.test[order[:10_000].to(run.device)])).clamp(0, 1)
@@ -426,7 +427,8 @@ def picture(cfg, run, vae, log_r, shape, z_q, latents, frechet):
     for name, title in SAMPLERS.items():
         z = draw(cfg, vae, log_r, 64, name, cfg.temperature)
         grid = common.image_grid(decode(vae, shape, z), scale=max(1, size // (8 * shape[-1] + 9)))
-        below.append((f"{title}: Frechet distance {frechet[name]:.1f}", grid))
+        title += f": Frechet distance {frechet[name]:.1f}" if cfg.temperature == 1 else ""
+        below.append((title, grid))
     common.save_panels(run.folder / "samples.png", above, below)
 
 

@@ -10,19 +10,20 @@ Conventions x is flat, (B, D): binary draws with mean level / 255, or for a Gaus
             dequantised in [-1, 1]. z is (L, B, J), L draws for each x. Bounds and likelihoods are
             summed over pixels and latents, in nats, and averaged over images only.
 Departures  1. Adam with a falling rate, and a binarisation that is drawn anew at every visit; the
-               paper has Adagrad, and does not say how it binarises: the flags below have both.
-            2. N(0, 0.01) is read as a variance, like all the paper's normals; its prior on the
-               weights is the optimiser's weight decay of 1 / N. A Gaussian's means are squashed by
-               tanh into [-1, 1], the paper's by a sigmoid into (0, 1), the same function.
+               paper has Adagrad (--optimizer), and does not say how it binarises (--binarization).
+            2. N(0, 0.01) is read as a variance, like all the paper's normals; the prior N(0, I) on
+               the weights is a decay of 1 / N. A Gaussian's means lie in [-1, 1], by tanh, the
+               paper's in (0, 1), by a sigmoid: the densities differ by D log 2 nats.
             3. App. D leaves the density and the chains open: here a full Gaussian, and L chains
-               side by side. Minibatches share a draw of theta in Alg. 2: it stays unbiased.
+               side by side, from draws of the prior picked by p(x | z). Minibatches share a draw of
+               theta in Alg. 2: it stays unbiased.
             4. The convolutional network for colour, and the importance-weighted test likelihood
                (Burda et al. 2015), are not in the paper.
 Run         python vae.py                                            glyphs
             python vae.py --dataset mnist                            digits
-            python vae.py --compare --latent 3 --hidden 100 --train-size 1000   Fig. 3's methods
+            python vae.py --dataset mnist --compare --latent 3 --hidden 100 --train-size 1000
             python vae.py --method full-vb                           a posterior over the weights
-            python vae.py --optimizer adagrad --lr 0.02 --decay constant --warmup 0   the paper's
+            python vae.py --optimizer adagrad --lr 0.02 --decay constant --warmup 0   its Adagrad
             python vae.py --dataset cifar10                          colour; not run here
 """
 
@@ -348,10 +349,11 @@ class Images:
 
     def __init__(self, cfg, data):
         self.shape, self.flip, self.gaussian = data.shape, data.flip, cfg.decoder == "gaussian"
-        self.levels = data.train[: cfg.train_size]
         rng = torch.Generator(data.train.device).manual_seed(cfg.seed)
         order = torch.randperm(len(data.test), generator=rng, device=rng.device)
         self.test, self.labels = self.draw(data.test, rng)[order], data.test_labels[order]
+        some = torch.randperm(len(data.train), generator=rng, device=rng.device)[: cfg.train_size]
+        self.levels = data.train[some] if cfg.train_size else data.train
         if cfg.binarization == "fixed" and not self.gaussian:
             self.levels = 255 * common.binarize(self.levels, rng)  # binarised again, these stay
 
@@ -429,11 +431,21 @@ def mean_bound(vae, x):
     return torch.cat([sgvb_b(vae, x, eps[None]) for x, eps in parts]).mean().item()
 
 
-def mean_marginal(vae, x, encoder=True):
-    """The mean of App. D's estimate over x: 50 chains each (App. E), from q or from the prior."""
-    z = torch.randn(50, len(x), vae.latent, device=x.device)
-    z = vae.encode(x).sample(z).detach() if encoder else z
-    return marginal_likelihood(vae, x, z, transitions=5 if encoder else 20).mean().item()
+def chain_starts(vae, x, n=50):
+    """Of 1,000 draws of the prior the n for each x that p(x | z) picks, (n, B, J): they need no
+    encoder, and reach modes that q misses."""
+    z, picks = torch.randn(1_000, 1, vae.latent, device=x.device), []
+    with torch.no_grad():
+        for part in x.split(20):
+            log_p = vae.log_joint(part, z.expand(-1, len(part), -1))
+            log_p = log_p - common.standard_normal_log_prob(z[:, 0])[:, None]  # log p(x | z)
+            picks.append(log_p.T.softmax(dim=1).multinomial(n, replacement=True))  # (B, n)
+    return z[torch.cat(picks).T, 0]
+
+
+def app_d(vae, x, transitions=5):
+    """App. D's estimate, (B,), by 50 chains each (App. E)."""
+    return marginal_likelihood(vae, x, chain_starts(vae, x), transitions)
 
 
 def evaluate(cfg, run, images):
@@ -449,12 +461,16 @@ def evaluate(cfg, run, images):
         if images.gaussian:
             figures["bits_per_dim"] = common.bits_per_dim(log_p, x.shape[1]).mean().item()
         if vae.latent < 5:
-            figures["nll_by_mcmc"] = -mean_marginal(vae, x)
+            figures["nll_by_mcmc"] = -app_d(vae, x).mean().item()
     run.report("test", **figures)
 
 
 def compare(cfg):
     """Figures of Fig. 2 and Fig. 3 for AEVB, wake-sleep and Monte Carlo EM, as a table."""
+
+    def cell(log_p):
+        return f"{log_p.mean():.1f} ± {common.standard_error(log_p) or math.nan:.1f}"
+
     few = cfg.latent < 5  # App. D; without an encoder there is no other figure
     rows = []
     for method in ("aevb", "wake-sleep", *(["mcem"] if few else [])):
@@ -473,16 +489,13 @@ def compare(cfg):
         vae, test, figures = run.ema, images.test[: cfg.nll_examples], []
         seen = images.images(torch.arange(min(len(test), len(images)), device=run.device))
         for x in (seen, test):
-            figures.append(mean_bound(vae, x) if encoder else None)
-            figures.append(mean_marginal(vae, x, encoder) if few else None)
-        figures.append(
-            log_likelihood(vae, test, cfg.nll_samples).mean().item() if encoder else None
-        )
-        cells = ("-" if figure is None else f"{figure:.2f}" for figure in figures)
-        rows.append(f"{method:<10}{len(images):7d}" + "".join(f"{cell:>10}" for cell in cells))
+            figures.append(f"{mean_bound(vae, x):.1f}" if encoder else "-")
+            figures.append(cell(app_d(vae, x)) if few else "-")
+        figures.append(cell(log_likelihood(vae, test, cfg.nll_samples)) if encoder else "-")
+        rows.append(f"{method:<10}{len(images):7d}" + "".join(f"{f:>16}" for f in figures))
     print("nats per image: bound; log p(x) by App. D (MCMC); by importance weighting (IW)")
     titles = ("train L", "MCMC", "test L", "MCMC", "IW")
-    print("method          N" + "".join(f"{title:>10}" for title in titles))
+    print("method          N" + "".join(f"{title:>16}" for title in titles))
     print("\n".join(rows))
 
 
