@@ -18,9 +18,9 @@ Departures  1. The paper's backbone is NVAE, its classifiers are residual convol
             4. log Z by Monte Carlo is low in expectation, so the bound is high, by about
                1 / (2 M) (M / ESS - 1) with M draws: M and, of the first group, ESS / M are printed.
 Run         python ncp_vae.py                                    two latents; 93 CPU-s: bound (50
-                draws) -137.95 -> -137.54 nats, Frechet distance 120.3 -> 72.6
+                draws) -137.75 -> -137.33 nats, Frechet distance 126.7 -> 67.7
             python ncp_vae.py --dataset mnist                    ten latents; 4.6 CPU-minutes, one
-                thread: bound (50 draws) -94.95 -> -93.69 nats, Frechet distance 25.6 -> 4.0 (SIR)
+                thread: bound (50 draws) -94.81 -> -93.66 nats, Frechet distance 22.6 -> 6.3 (SIR)
             python ncp_vae.py --dataset mnist --groups 2 --latent 5   hierarchical
 """
 

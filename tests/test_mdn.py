@@ -1,5 +1,6 @@
 """Bishop 1994: the mixture, its derivatives and moments, both problems, BFGS, and .csv files."""
 
+import copy
 import itertools
 import json
 import math
@@ -271,6 +272,22 @@ def test_network_learns_the_inverse_problem():
     assert start > 0  # about the entropy of a Gaussian as wide as the targets, .18
     entropy, _ = mdn.inverse_limits()
     assert entropy < nll < -0.8  # the best that one kernel can do, at -log .196 - 1.4 = .2, is far
+
+
+def test_best_start_has_no_kernel_that_is_never_used():
+    pairs = mdn.load_pairs(config(dataset="robot"), "cpu")
+
+    def error(z, t):
+        return mdn.ErrorFunction.apply(z, t, 2, 1e-3)
+
+    nets = [mdn.Network(pairs.x, 5, mdn.starting_mixture(pairs.t, 2)) for _ in range(3)]
+    for dead in (nets[0], nets[2]):
+        with torch.no_grad():
+            dead.output.bias[0] -= 50  # alpha of e^-50
+    before = copy.deepcopy(nets[1].state_dict())
+    best = mdn.best_start(nets, pairs, error)
+    assert best is nets[1]
+    assert all(torch.equal(value, before[key]) for key, value in best.state_dict().items())
 
 
 def test_mean_of_the_two_ways_stretches_the_arm():

@@ -508,7 +508,7 @@ def test_the_papers_optimiser(run):
 
 
 def test_chains_find_the_posterior_that_the_encoder_misses():
-    """App. D against quadrature over two latents; the encoder is untrained, its draws are astray."""
+    """App. D against quadrature over two latents; the encoder is untrained and leads astray."""
     torch.manual_seed(0)
     torch.set_default_dtype(torch.float64)
     net = VAE(vae.mlp(100, 8, 4), vae.mlp(2, 32, 100), 2).requires_grad_(False)
