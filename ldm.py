@@ -500,9 +500,8 @@ def degrade(model, x):
     f, condition = model.cfg.f, model.cfg.condition
     if condition == "super-resolution":
         low = low_resolution(x)
-        concat = F.interpolate(
-            low, scale_factor=4 / f, mode="bicubic"
-        )  # Sec. 4.4: tau is identity if f = 4
+        # Sec. 4.4: tau is the identity, if f = 4
+        concat = F.interpolate(low, scale_factor=4 / f, mode="bicubic")
         return F.interpolate(low, scale_factor=4, mode="bicubic"), concat, torch.ones_like(x)
     if condition == "inpainting":
         holes = random_boxes(x)
