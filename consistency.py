@@ -16,7 +16,7 @@ Departures  1. Alg. 4 with mask 1, as App. D states it for strokes, erases the s
             3. LPIPS is an argument, train(..., d=partial(perceptual, network=lpips)), not a
                download: d is l2, on CIFAR-10 too, where the paper's FIDs are LPIPS's. For FID the
                greedy search has the energy distance; l1 and l2 are means.
-            4. But on CIFAR-10 lambda(t_n) of "cd" is iCT's, which learns faster, rates warm up and
+            4. Save on CIFAR-10 lambda(t_n) of "cd" is iCT's, which learns faster, rates warm up and
                decay, gradients are clipped. mu(k) has the paper's N(k), official code N(k) - 1.
             5. The U-Net is Dhariwal & Nichol's, not NCSN++. Small images: it sees patches of 2 x 2
                pixels and the class, of an edited image too; Muon trains its kernels; the teacher's

@@ -16,7 +16,7 @@ Departures  1. N equal steps from t = 1 to eps, beta_i = h beta(t_i): Eq. 20 and
                the product a(t_i)², not 1 - beta_i, for sub-VP too; Tweedie's formula at eps ends PC
                (not the ODE); imputation starts from noised data and denoises the unknown part too.
             3. --score residual: the network corrects the score of data N(0, I), with which so small
-               a one learns faster; "noise" is -net / std, the authors' for VP and sub-VP.
+               a one learns faster; "noise" is the authors' -net / std of VP. It sees x scaled to 1.
             4. --weighting likelihood is of the authors' later paper. Training, too, dequantises.
             5. The U-Net is Dhariwal & Nichol's; DDPM++, and NCSN++ for VE, differ in details. On
                small images it sees patches of 2 x 2 pixels, and Muon trains its kernels. The
@@ -88,7 +88,7 @@ PRESETS = {
         "steps": 1_300_000, "batch_size": 128, "blocks": 4, "ema": 0.9999,  # App. H.1
         "lr": 2e-4, "warmup": 5_000, "decay": "constant", "flip": True,  # official code
         "dropout": 0.1, "divergence": "rademacher",  # official code
-        "sde": "subvp", "score": "noise",  # App. H.1; --sde ve: --ema 0.999 --corrector-steps 1
+        "sde": "subvp", "score": "noise",  # its code; --sde ve: --ema 0.999 --corrector-steps 1
         "sigma_min": 0.02, "sigma_max": 100.0,  # official code's 0.01 and 50, of images in [0, 1]
         "nll_examples": 10_000, "nll_repeats": 5,  # App. D.2
         "sampler_steps": 1_000, "corrector_steps": 0,  # App. H.1

@@ -238,7 +238,7 @@ BAD_FLAGS = [
     ("--resume --out nowhere", "no checkpoint at nowhere"),
     ("--sample nowhere.pt", "no checkpoint at nowhere.pt"),
     ("--sample a.pt --resume", "choose one of them"),
-    ("--batch-size 9000000000000", "allocate memory"),
+    ("--batch-size 9000000000000", "too little memory: try a smaller --batch-size"),
     ("--batch-size 9000000000000000000", "overflowed"),
     ("--batch-size 99999999999999999999999", "at least 1"),
     ("--seed 99999999999999999999", "at least 0"),

@@ -806,10 +806,16 @@ def test_samples_lie_on_rho_t(tmp_path):
     """At t = 0 they are the source, at t = 1 the target."""
     torch.set_default_dtype(torch.float32)
     cfg = dp.Config(source="rings", dataset="eight_gaussians", out=str(tmp_path), steps=0)
+    cfg.batch_size = 128
     _, source, data = dp.prepare(cfg)
     radii = []
     for cfg.time in (0.0, 1.0):
         radii.append(dp.draw(cfg, source, data, 64).norm(dim=1))
+    cfg.time, parts = 0.5, []
+    for n in (cfg.batch_size, 3):  # few come from as large a cloud as many
+        torch.manual_seed(1)
+        parts.append(dp.draw(cfg, source, data, n))
+    assert torch.equal(parts[0][:3], parts[1])
     assert ((radii[0] - 0.5 * (2 * radii[0]).round()).abs() < 0.2).all()  # on the rings, 5 sigma
     assert ((radii[1] - 2).abs() < 0.75).all()  # on the eight modes
 

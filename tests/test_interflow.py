@@ -228,6 +228,15 @@ def test_diagnostics():
     assert_close(figures["G"] + figures["v_squared"], figures["G_plus_v_squared"])
     assert figures["G"] < -4
     assert max(figures["error_at_0"], figures["error_at_1"]) < 0.02  # the sample's mean's error
+    # The means of 512 rows of an image's size are themselves off by more than 1.
+    noise, images = torch.randn(512, 784), 0.9 * torch.randn(512, 784)
+
+    def exact(x, t):
+        return (0.81 * t - (1 - t))[:, None] * x / ((1 - t) ** 2 + 0.81 * t**2)[:, None]
+
+    ends = it.diagnose(exact, LINEAR, noise, images)
+    assert ends["error_at_0"] < 0.5  # 4 standard errors of the square, 0.25 of 1.24
+    assert ends["error_at_1"] < 0.6  # 0.31 of 1.53
     nothing = it.diagnose(lambda x, t: 0 * x, LINEAR, x_0, x_1)
     assert nothing["G_plus_v_squared"] == nothing["G"] == nothing["v_squared"] == 0.0
     assert nothing["error_at_0"] > 1

@@ -172,6 +172,7 @@ def test_ddim_is_a_product_of_linear_maps_for_any_gaussian():
 
 
 def test_ddim_of_eta_1_is_ancestral_sampling():
+    assert common.parse(ldm.Config, ldm.PRESETS, ["--eta", "1", "--out", "new"]).eta == 1
     process = ldm.Process(40, 0.01, 0.2)
 
     def eps(z, t):

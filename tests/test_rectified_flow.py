@@ -99,6 +99,8 @@ def test_end_points():
     alpha, beta, d_alpha, _ = ConstantSpeedVP().coefficients(t)
     assert_close((alpha, d_alpha), (t, torch.ones(7)))
     assert_close(alpha**2 + beta**2, torch.ones(7))
+    _, left, _, _ = ConstantSpeedVP().coefficients(torch.tensor(ConstantSpeedVP.t_max))
+    assert left < 0.005  # what stays of the source in samples
 
 
 # ---- Gaussian to Gaussian ------------------------------------------------------------------------
