@@ -1414,8 +1414,9 @@ class Run:
         return step < self.done + (not evaluated_again)
 
     def write_samples(self, draw):
-        """cfg.num_samples of draw(n) to samples.npz, in batches: images uint8 (N, H, W, C), the
-        layout that public evaluators of FID read, or vectors float32 (N, D).
+        """cfg.num_samples of draw(n), x or (x, y), to samples.npz, in batches. arr_0: images uint8
+        (N, H, W, C) or vectors float32 (N, D); arr_1, if y is given and not None: classes int64
+        (N,). Public evaluators of FID read this layout.
 
         Every batch has a random stream of its own and is kept in a file of its own until all are
         drawn: the same command with the same --out goes on where it was interrupted.
@@ -1425,17 +1426,19 @@ class Run:
         settings = dataclasses.asdict(self.cfg) | own
         parts = self.folder / f"samples-{zlib.crc32(json.dumps(settings).encode()):08x}"
         parts.mkdir(exist_ok=True)
-        files = [parts / f"{i}.npy" for i in range(0, total, size)]
+        files = [parts / f"{i}.pt" for i in range(0, total, size)]
         for i, file in enumerate(tqdm(files, "sampling", leave=False)):
             if file.exists():
                 continue
             torch.manual_seed(zlib.crc32(f"seed {self.cfg.seed}, samples {i}".encode()))
-            x = draw(min(size, total - i * size))
-            x = (to_uint8(x).permute(0, 2, 3, 1) if x.ndim == 4 else x).cpu()
-            np.save(file.with_suffix(".tmp.npy"), x.numpy())
-            os.replace(file.with_suffix(".tmp.npy"), file)
+            drawn = draw(min(size, total - i * size))
+            x, *y = drawn if isinstance(drawn, tuple) else (drawn,)
+            x = to_uint8(x).permute(0, 2, 3, 1) if x.ndim == 4 else x
+            torch.save([a.cpu() for a in (x, *y) if a is not None], file.with_suffix(".tmp"))
+            os.replace(file.with_suffix(".tmp"), file)
         path = self.folder / "samples.npz"
-        np.savez(path, np.concatenate([np.load(file) for file in files]))
+        batches = zip(*(torch.load(file, weights_only=True) for file in files), strict=True)
+        np.savez(path, *(torch.cat(batch).numpy() for batch in batches))
         shutil.rmtree(parts)
         self.say(f"wrote {total} samples to {path}")
 

@@ -590,10 +590,11 @@ def compare(cfg, data, device):
 
 
 def draw(cfg, run, data, times, n):
-    """n samples, of classes as frequent as in the training set."""
+    """n samples and their classes, as frequent as in the training set; None if f sees no class."""
     x_T = T * torch.randn(n, *data.shape, device=run.device)
-    f, _, _ = run.ema.functions(cfg, data.draw_labels(n))
-    return sample(f, x_T, times)
+    y = data.draw_labels(n) if cfg.class_conditional else None
+    f, _, _ = run.ema.functions(cfg, y)
+    return sample(f, x_T, times), y
 
 
 # ---- The command line ---------------------------------------------------------------------------

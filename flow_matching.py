@@ -474,10 +474,11 @@ def psnr(x, reference):
 
 
 def draw(cfg, run, data, path, n):
-    """n samples, of classes as frequent as in the training set."""
+    """n samples and their classes, as frequent as in the training set; None if v sees no class."""
     x_0 = torch.randn(n, *data.shape, device=run.device)
-    v = field(cfg, run.ema, path, data.draw_labels(n))
-    return sample(v, x_0, path, **common.solver_options(cfg))[0]
+    y = data.draw_labels(n) if cfg.class_conditional else None
+    x, _ = sample(field(cfg, run.ema, path, y), x_0, path, **common.solver_options(cfg))
+    return x, y
 
 
 def compare(cfg):

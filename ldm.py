@@ -763,7 +763,8 @@ def main(cfg):
 
         def draw(n):
             y = torch.randint(classes, (n,), device=run.device)
-            return generate(run.ema, process, n, y if cfg.condition in LABELS else None)
+            y = y if cfg.condition in LABELS else None
+            return generate(run.ema, process, n, y), y
 
         run.write_samples(draw)
     run.say(f"see {run.folder / 'samples.png'}")

@@ -527,6 +527,10 @@ class Judge(nn.Module):
         certain = self.output(features).softmax(1).amax(1) > 0.95
         return distance.item(), certain.float().mean().item()
 
+    @torch.no_grad()
+    def classes(self, x):
+        return self.output(self.features(x.clamp(-1, 1))).argmax(1)
+
 
 class Plain(nn.Module):
     """The small U-Net of a tutorial: 14 x 14 and 7 x 7 behind a space-to-depth stem."""
@@ -612,9 +616,18 @@ def make_judge(data):
     return judge
 
 
-def judge_row(samples, data_dir):
+def in_one_piece(x):
+    """Of images (B, 1, H, W), the part whose pixels above -0.5 hang together, corners included."""
+    from scipy.ndimage import label
+
+    pieces = [label(image, np.ones((3, 3)))[1] for image in (x[:, 0] > -0.5).numpy()]
+    return sum(count == 1 for count in pieces) / len(pieces)
+
+
+def judge_rows(samples, data_dir):
     """Any script's samples.npz of MNIST, beside as many images of the training and test set."""
-    x = torch.from_numpy(np.load(samples)["arr_0"]).permute(0, 3, 1, 2)
+    x, *y = (torch.from_numpy(a) for a in np.load(samples).values())
+    x, y = x.permute(0, 3, 1, 2), y[0] if y else None
     cfg = common.Config(dataset="mnist", data_dir=data_dir)
     data = common.load_data(cfg)
     if x.shape[1:] != data.shape:
@@ -622,10 +635,20 @@ def judge_row(samples, data_dir):
             f"{samples} holds images of {tuple(x.shape[1:])}, MNIST's are {data.shape}"
         )
     judge, n = make_judge(data), min(len(x), 10_000)
-    sets = {"samples": x, "training images": shuffled(data.train), "test images": data.test}
-    for name, images in sets.items():
-        distance, certain = judge.distance(common.to_float(images[:n]))
-        print(f"{n} {name}: distance {distance:.1f}, {certain:.1%} certain")
+    train = shuffled(data.train), shuffled(data.train_labels)
+    test = data.test, data.test_labels
+    sets = {"samples": (x, y), "training images": train, "test images": test}
+    for name, (images, labels) in sets.items():
+        images = common.to_float(images[:n])
+        distance, certain = judge.distance(images)
+        row = f"{n} {name}: distance {distance:.1f}, {certain:.1%} certain"
+        if labels is not None:
+            row += f", {(judge.classes(images) == labels[:n]).float().mean():.1%} of their class"
+        try:
+            row += f", {in_one_piece(images):.1%} in one piece"
+        except ImportError:
+            row += ", scipy is not installed"
+        print(row, flush=True)
 
 
 def quality_rows(minutes, data_dir, folder):
@@ -715,7 +738,7 @@ def main():
         "straight": straight_rows,
     }
     if arguments.judge:
-        judge_row(arguments.judge, arguments.data_dir)
+        judge_rows(arguments.judge, arguments.data_dir)
         return
     if arguments.rows == "quality":
         quality_rows(arguments.minutes, arguments.data_dir, arguments.out)

@@ -73,9 +73,10 @@ def test_images_of_a_folder(run, pictures):
     code, _, err = run(*arguments, "--num-samples", "3", "--nll-samples", "2")
     assert code == 0, err
     folder = Path("runs/flow_matching-pictures")
-    samples = np.load(folder / "samples.npz")["arr_0"]
+    samples, classes = np.load(folder / "samples.npz").values()
     assert samples.shape == (3, 16, 16, 3)
     assert samples.dtype == np.uint8
+    assert classes.shape == (3,)
     assert metrics(folder)[-1]["dequantisations"] == 2
     assert run("--dataset", images, "--resume", "--steps", "3")[0] == 0
 

@@ -902,6 +902,24 @@ def test_samples_go_on_where_they_were_interrupted(tmp_path):
     assert drawn == [16, 16, 5]  # the first two were not drawn twice
     assert (np.load(tmp_path / "samples.npz")["arr_0"] == whole).all()
     assert not list(tmp_path.glob("samples-*"))
+    assert np.load(tmp_path / "samples.npz").files == ["arr_0"]
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_samples_keep_their_classes(tmp_path, known):
+    run = common.Run(small_config(tmp_path, num_samples=37), Line(), torch.device("cpu"))
+
+    def draw(n):
+        y = torch.arange(n)
+        return y[:, None].repeat(1, 2) / 8, y if known else None
+
+    run.write_samples(draw)
+    arrays = np.load(tmp_path / "samples.npz")
+    assert arrays.files == ["arr_0", "arr_1"][: 1 + known]
+    assert arrays["arr_0"].dtype == np.float32
+    if known:
+        assert arrays["arr_1"].dtype == np.int64
+        assert (arrays["arr_0"] == arrays["arr_1"][:, None] / 8).all()
 
 
 def test_amp_keeps_losses_in_float32(tmp_path):

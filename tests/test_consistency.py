@@ -5,6 +5,7 @@ import json
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -567,6 +568,7 @@ def test_colour_images(call, pictures, single):
     code, out, err = call("consistency", *IMAGES, *arguments)
     assert code == 0, err
     assert Path("run/editing.png").exists()
+    assert np.load("run/samples.npz")["arr_1"].shape == (3,)  # a folder's classes are known
     assert "teacher, 34 evaluations" in out
 
 

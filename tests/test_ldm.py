@@ -6,6 +6,7 @@ import itertools
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -676,6 +677,8 @@ def test_samples_are_of_every_class(call, monkeypatch, few):
     batch = int(TINY[TINY.index("--batch-size") + 1])
     drawn = torch.cat(seen[-math.ceil(60 / batch) :])
     assert len(drawn) == 60
+    saved = np.load(next(Path("runs").glob("ldm-*/samples.npz")))["arr_1"]
+    assert (saved == drawn.cpu().numpy()).all()
     assert len(drawn.unique()) == 10  # one is missed with probability 10 * 0.9^60 = 0.02: seeded
 
 
