@@ -313,14 +313,15 @@ def evaluate(cfg, run, images):
 
 
 def fit(cfg, images, name, net=None, **settings):
-    """Train a model in a folder of its own -> the network, and "likelihood [active units]"."""
+    """Train a model in a folder of its own -> the network, and "NLL ± error [active units]"."""
     out = common.free_folder(f"{cfg.out}/{name}")
     here = dataclasses.replace(cfg, table=None, out=out, **settings)
     run = start(here, images, common.setup(here), net)
     run.say(f"training {name}")
     train(here, run, images)
     figures, *_ = evaluate(here, run, images)
-    return run.net, f"{figures['nll']:.2f} [{figures['active']}]"
+    nll, error, active = (figures[key] for key in ("nll", "standard_error", "active"))
+    return run.net, f"{nll:.2f} ± {error:.2f} [{active}]"
 
 
 PAPER = {  # Table 1, MNIST: stochastic layers, k -> VAE, IWAE
@@ -343,9 +344,9 @@ def table_1(cfg, images):
             _, as_iwae = fit(cfg, images, f"iwae-{k}", objective="iwae", k=k)
         paper = PAPER.get((len(cfg.latent), k), ("", ""))
         columns = (as_vae, paper[0], as_iwae, paper[1])
-        rows.append(f"{k:4d}" + "".join(f"{column:>18}" for column in columns))
+        rows.append(f"{k:4d}" + "".join(f"{column:>22}" for column in columns))
     print("test -log p(x) in nats [active units]; the paper's columns: MNIST, 3280 passes")
-    print("   k" + "".join(f"{title:>18}" for title in ("VAE", "paper", "IWAE", "paper")))
+    print("   k" + "".join(f"{title:>22}" for title in ("VAE", "paper", "IWAE", "paper")))
     print("\n".join(rows))
 
 
@@ -360,9 +361,9 @@ def table_2(cfg, images):
         }
         net, before = fit(cfg, images, first, **settings[first])
         _, after = fit(cfg, images, f"{first}-{second}", net, **settings[second], **later)
-        rows.append(f"{first:>12}{before:>18}{second:>12}{after:>18}")
+        rows.append(f"{first:>12}{before:>22}{second:>12}{after:>22}")
     print(f"test -log p(x) in nats [active units]; IWAE with k = {k}")
-    print(f"{'trained as':>12}{'':>18}{'then as':>12}")
+    print(f"{'trained as':>12}{'':>22}{'then as':>12}")
     print("\n".join(rows))
 
 
