@@ -505,7 +505,8 @@ def _damaged_file(kind, root):
 
 
 def _folder_splits(root, size):
-    """Every image below `root`, centre-cropped to size × size; every tenth one is held out."""
+    """Every image below `root`, centre-cropped to size × size; every tenth one is held out. The
+    others are shuffled, so that the first n are of all classes."""
     suffixes = {s for s, kind in Image.registered_extensions().items() if kind in Image.OPEN}
     paths = sorted(p for p in root.rglob("*") if p.suffix.lower() in suffixes and p.is_file())
     if len(paths) < 2:
@@ -522,7 +523,9 @@ def _folder_splits(root, size):
             raise UserError(f"cannot read the image {path}: {error}; mend or remove it") from None
     x = torch.from_numpy(x).permute(0, 3, 1, 2).contiguous()
     held_out = torch.arange(len(paths)) % 10 == 0
-    return [(x[~held_out], y[~held_out]), (x[held_out], y[held_out])]
+    order = torch.randperm(len(paths), generator=torch.Generator().manual_seed(0))
+    kept = order[~held_out[order]]
+    return [(x[kept], y[kept]), (x[held_out], y[held_out])]
 
 
 # ---- Networks -----------------------------------------------------------------------------------
@@ -1114,15 +1117,16 @@ class Muon(torch.optim.Adam):
     def step(self):
         group = self.param_groups[1]
         kernels = [p for p in group["params"] if p.grad is not None]
+        if not kernels:
+            return super().step()
         for p in kernels:
             if not self.state[p]:  # in Adam's words, so that it loads them
                 self.state[p] |= {"step": torch.zeros(()), "exp_avg": torch.zeros_like(p)}
         gradients = [p.grad for p in kernels]
         momenta = [self.state[p]["exp_avg"] for p in kernels]
-        if kernels:
-            torch._foreach_mul_(momenta, 0.95)
-            torch._foreach_add_(momenta, gradients)
-            torch._foreach_add_(gradients, momenta, alpha=0.95)  # Nesterov's direction
+        torch._foreach_mul_(momenta, 0.95)
+        torch._foreach_add_(momenta, gradients)
+        torch._foreach_add_(gradients, momenta, alpha=0.95)  # Nesterov's direction
         for p in kernels:
             p.grad = None  # so that Adam passes it over
         super().step()

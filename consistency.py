@@ -74,7 +74,7 @@ class Config(common.Config):
     patch: Count = 1  # side of the patches of pixels that the U-Net sees as channels
     dropout: Fraction = 0.0  # of the U-Net (Table 3); one mask for both networks (iCT)
     teacher_dropout: Fraction = 0.0  # of the teacher
-    learned = (*common.Config.learned, "class_conditional")
+    learned = (*common.Config.learned, "class_conditional", "sigma_data")
 
 
 # fmt: off
@@ -477,10 +477,13 @@ def distance(x, reference, blocks=10):
 
 def choose_times(cfg, run, data):
     """Greedy time points for cfg.nfe evaluations; the energy distance stands for the FID."""
-    count = min(cfg.examples, 1_000 if data.is_image else 4_000)  # at once through the network
-    reference, y = data.batch(count)
+    reference, y = data.batch(min(cfg.examples, 1_000 if data.is_image else 4_000))
     reference = reference.flatten(1)
-    f, _, _ = run.ema.functions(cfg, y)
+
+    def f(x, t):  # in parts, as in `evaluate`
+        parts = zip(*(v.split(cfg.batch_size) for v in (x, t, y)), strict=True)
+        return torch.cat([run.ema.functions(cfg, y)[0](x, t) for x, t, y in parts])
+
     x_T = T * torch.randn(len(reference), *data.shape, device=run.device)
 
     def score(x):

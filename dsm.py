@@ -56,6 +56,8 @@ class Config(common.Config):
     start: Literal["noise", "data"] = "noise"  # of chains: noise, or draws of q_sigma: Departure 4
     anneal: bool = True  # chains start where those of the coarser level ended: Departure 4
 
+    learned = (*common.Config.learned, "sigma", "levels", "scale")
+
 
 IMAGES = {  # minutes on two cores
     "steps": 2_000, "batch_size": 128, "lr": 3e-3, "examples": None, "sigma": 0.25, "levels": 3,
@@ -323,9 +325,10 @@ def evaluate_vectors(cfg, run, data, sigmas):
         psi, denoise = level(net, k, sigma)
         score = parzen_score(examples, sigma)
         x_tilde = corrupted(examples, 5_000, sigma)
-        exact = by_parts(score, x_tilde)
+        exact = by_parts(score, x_tilde, examples)
         J = J_ESM(psi, lambda _, exact=exact: exact, x_tilde).mean()  # Eq. 7
-        log_q = by_parts(lambda x, s=sigma: parzen_log_prob(x, examples, s), points).log_softmax(0)
+        log_q = by_parts(lambda x, s=sigma: parzen_log_prob(x, examples, s), points, examples)
+        log_q = log_q.log_softmax(0)
         log_p = (-energy(points, *net.theta(k), sigma)).log_softmax(0)  # normalised on the grid
         chains = samples[k, :5_000]
         distances = {
@@ -398,9 +401,9 @@ def corrupted(examples, n, sigma):
     return x + sigma * torch.randn_like(x)
 
 
-def by_parts(f, x, rows=2_000):
-    """f(x), (N, ...), computed on some rows at a time."""
-    return torch.cat([f(part) for part in x.split(rows)])
+def by_parts(f, x, examples):
+    """f(x), (N, ...), on some rows at a time: those that make 20 million pairs with examples."""
+    return torch.cat([f(part) for part in x.split(max(1, 20_000_000 // len(examples)))])
 
 
 def grid(bound, n, device=None):
@@ -430,6 +433,7 @@ def landscape(log_p, psi, sigma, points, depth=8, n=15):
 def prepare(cfg):
     """The run, the data, and the noise levels from the coarsest to the finest, in scaled units."""
     device = common.setup(cfg)
+    torch.set_float32_matmul_precision("highest")  # log q_sigma cancels: TF32 is too coarse
     data = common.load_data(cfg, device)
     check(cfg, data)
     data.train = data.train[: cfg.examples]
@@ -447,6 +451,8 @@ def check(cfg, data):
         raise UserError(
             f"--compile cannot differentiate twice, as --objective {cfg.objective} does"
         )
+    if cfg.flip:
+        raise UserError("--flip adds examples that the Parzen density lacks: leave it out")
     if cfg.examples and cfg.examples > n:
         raise UserError(f"--examples {cfg.examples} is more than the {n} of {data.name}")
     if cfg.step_size >= 4:
@@ -455,13 +461,12 @@ def check(cfg, data):
         raise UserError("each of the --levels doubles the noise: 16 are the most")
 
 
-def draw(cfg, net, data, sigmas, n):
-    """n samples of the finest level, denoised, as the data are."""
+@torch.no_grad()
+def draw(cfg, net, sigmas, examples, n):
+    """n samples of the finest level, denoised, in the data's units: (n, D)."""
     _, denoise = level(net, -1, sigmas[-1])
-    with torch.no_grad():
-        x_0 = starts(cfg, sigmas, n, vectors(cfg, data.train))
-        x = denoise(sample(cfg, net, sigmas, x_0)[-1])
-    return (x / cfg.scale).unflatten(1, data.shape)
+    x_0 = starts(cfg, sigmas, n, examples)
+    return denoise(sample(cfg, net, sigmas, x_0)[-1]) / cfg.scale
 
 
 def main(cfg):
@@ -473,7 +478,9 @@ def main(cfg):
     evaluate = evaluate_images if data.is_image else evaluate_vectors
     evaluate(cfg, run, data, sigmas)
     if cfg.num_samples:
-        run.write_samples(lambda n: draw(cfg, run.ema, data, sigmas, n))
+        examples = vectors(cfg, data.train)
+        shape = -1, *data.shape
+        run.write_samples(lambda n: draw(cfg, run.ema, sigmas, examples, n).view(shape))
     run.say(f"see {run.folder / 'samples.png'}")
 
 

@@ -75,6 +75,9 @@ class Config(common.Config):
     patch: Count = 1  # side of the patches of pixels that the U-Net sees as channels
     dropout: common.Fraction = 0.0  # of the U-Net
 
+    learned = (*common.Config.learned, "sde", "score")
+    learned = (*learned, "sigma_min", "sigma_max", "beta_min", "beta_max")
+
 
 # fmt: off
 SMALL_IMAGES = common.SMALL_UNET | {  # minutes on two cores
@@ -88,11 +91,12 @@ PRESETS = {
         "steps": 1_300_000, "batch_size": 128, "blocks": 4, "ema": 0.9999,  # App. H.1
         "lr": 2e-4, "warmup": 5_000, "decay": "constant", "flip": True,  # official code
         "dropout": 0.1, "divergence": "rademacher",  # official code
-        "sde": "subvp", "score": "noise",  # its code; --sde ve: --ema 0.999 --corrector-steps 1
+        "sde": "subvp", "score": "noise",  # official code
         "sigma_min": 0.02, "sigma_max": 100.0,  # official code's 0.01 and 50, of images in [0, 1]
         "nll_examples": 10_000, "nll_repeats": 5,  # App. D.2
         "sampler_steps": 1_000, "corrector_steps": 0,  # App. H.1
         "predictor": "euler_maruyama", "classifier_steps": 50_000,  # App. H.2; not stated
+        # VE (App. H): --sde ve --predictor reverse_diffusion --corrector-steps 1 --ema 0.999
     },
 }
 # fmt: on
@@ -600,7 +604,7 @@ def compare(cfg, data, device):
 
     def trained(name, width):
         out = common.free_folder(f"{cfg.out}/{name}-{width}")
-        here = dataclasses.replace(cfg, compare=False, sde=name, width=width, out=out)
+        here = dataclasses.replace(cfg, compare=False, levels=0, sde=name, width=width, out=out)
         run, sde = prepare(here, data, device)
         run.say(f"training with the {name} SDE, width {width}")
         train(here, run, data, sde)

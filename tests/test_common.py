@@ -390,7 +390,7 @@ def test_image_folder(tmp_path):
 
 
 def test_held_out_images_come_in_no_order(tmp_path):
-    """A folder's files are read class by class, and scripts measure the first n held-out ones."""
+    """A folder's files are read class by class, and scripts take the first n, held out or not."""
     for name, colour in {"a": 0, "b": 255}.items():
         (tmp_path / name).mkdir()
         for j in range(100):
@@ -399,8 +399,9 @@ def test_held_out_images_come_in_no_order(tmp_path):
     cfg = small_config(tmp_path, dataset=str(tmp_path), image_size=4)
     data = common.load_data(cfg)
     assert data.test_labels.tolist().count(0) == 10
-    assert set(data.test_labels[:10].tolist()) == {0, 1}  # all of one: in 2 of 184,756 orders
-    assert ((data.test[:, 0, 0, 0] > 127).long() == data.test_labels).all()  # with their labels
+    for images, labels in ((data.test, data.test_labels), (data.train, data.train_labels)):
+        assert set(labels[:10].tolist()) == {0, 1}  # all of one: in 2 of 184,756 orders, at most
+        assert ((images[:, 0, 0, 0] > 127).long() == labels).all()  # with their labels
     assert torch.equal(data.test, common.load_data(cfg).test)
 
 
@@ -715,6 +716,18 @@ def test_muon_moves_kernels_along_the_orthogonal_factor_and_the_rest_like_adam()
             muon.load_state_dict(state)
     for name in ("0.bias", "1.weight", "1.bias"):  # a kernel of one output channel is Adam's too
         assert_close(net.get_parameter(name), twin.get_parameter(name))
+
+
+def test_muon_without_kernels_is_adam():
+    net, twin = (common.MLP(2, width=8) for _ in range(2))
+    twin.load_state_dict(net.state_dict())
+    muon, adam = common.Muon(net.parameters()), torch.optim.Adam(twin.parameters())
+    x, t = torch.randn(4, 2), torch.rand(4)
+    for model, optimizer in ((net, muon), (twin, adam)):
+        model(x, t).sub(1).square().sum().backward()
+        optimizer.step()
+    for p, q in zip(net.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(p, q)
 
 
 def test_setup_on_one_gpu(monkeypatch):

@@ -462,7 +462,7 @@ def test_networks_compile_without_a_break_and_run_in_bfloat16(tmp_path, pictures
 
 
 def test_target_follows_the_online_network_and_the_teacher_stays(tmp_path, monkeypatch, single):
-    """Eq. 8 after every step, with mu(k) of consistency training; the teacher starts all three."""
+    """Eq. 8 after every step; the teacher starts all three."""
     cfg = cm.Config(out=str(tmp_path), device="cpu", steps=3, teacher_steps=1, width=8, mu=0.7)
     cfg = dataclasses.replace(cfg, batch_size=16, N=5, lr=0.1, warmup=0, decay="constant")
     device = common.setup(cfg)
@@ -492,6 +492,43 @@ def test_target_follows_the_online_network_and_the_teacher_stays(tmp_path, monke
     pairs = {(a.item(), b.item()) for t, t_next in drawn for a, b in zip(t, t_next, strict=True)}
     assert pairs <= set(zip(grid, grid[1:], strict=False))
     assert len(pairs) == 4  # every interval was drawn
+
+
+@pytest.mark.parametrize("method", ["ct", "ict"])
+def test_training_follows_its_schedules(tmp_path, monkeypatch, single, method):
+    """Step k draws neighbours of the grid of N(k), the target follows by mu(k - 1), and improved
+    training has its own metric, weight and distribution of n."""
+    cfg = cm.Config(out=str(tmp_path), device="cpu", steps=8, width=8, method=method)
+    cfg = dataclasses.replace(cfg, batch_size=256, s_0=2, s_1=8, lr=0.1, warmup=0)
+    device = common.setup(cfg)
+    data = common.load_data(cfg, device)
+    run = cm.prepare(cfg, device, data)
+    history, seen = [], []
+
+    def loss(f, f_target, x, z, t, t_next, d, weight):
+        history.append([net.output[1].bias.clone() for net in (run.net.online, run.net.target)])
+        seen.append((t, t_next, d, weight))
+        return original(f, f_target, x, z, t, t_next, d, weight)
+
+    original = cm.ct_loss
+    monkeypatch.setattr(cm, "ct_loss", loss)
+    cm.train(cfg, run, data)
+    improved = method == "ict"
+    Ns = [cm.improved_N_of(k, 8, 2, 8) if improved else cm.N_of(k, 8, 2, 8) for k in range(8)]
+    assert len(set(Ns)) > 2  # it grows
+    for N, (t, t_next, d, weight) in zip(Ns, seen, strict=True):
+        grid = cm.karras_grid(N)
+        n = (t[:, None] - grid).abs().argmin(1)
+        assert_close(t, grid[n])
+        assert_close(t_next, grid[n + 1])
+        p = cm.lognormal_probabilities(grid) if improved else torch.full((N - 1,), 1 / (N - 1))
+        share = torch.bincount(n, minlength=N - 1) / 256
+        assert (share - p).abs().max() < 4.5 * 0.5 / 16  # of 256: 4.5 standard errors, at most
+        assert d is (cm.huber if improved else cm.l2)
+        assert_close(weight, 1 / (t_next - t) if improved else 1.0)
+    for k, ((_, target), (online, after)) in enumerate(zip(history, history[1:], strict=False)):
+        mu = 0.0 if improved else cm.mu_of(Ns[k], 2, cfg.mu_0)
+        assert_close(after, mu * target + (1 - mu) * online)
 
 
 def test_every_network_sees_the_class_of_its_example(tmp_path, monkeypatch, single):

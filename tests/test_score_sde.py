@@ -652,17 +652,22 @@ def test_a_short_training_learns(tmp_path):
     assert right > 0.9  # by chance 1 in 8
 
 
-def test_training_is_dequantised(tmp_path, monkeypatch):
+def test_training_is_dequantised_on_the_levels_and_with_the_weights_asked_for(
+    tmp_path, monkeypatch
+):
     torch.set_default_dtype(torch.float32)
     seen = []
 
     def loss(score, x_0, z, t, sde, weighting):
         seen.append(x_0)
+        assert weighting == "likelihood"
+        assert set(t.tolist()) == {0.25, 0.5, 0.75, 1.0}  # of 512
         return score(x_0, t).square().mean()
 
     monkeypatch.setattr(score_sde, "dsm_loss", loss)
     cfg = score_sde.Config(dataset="glyphs", out=str(tmp_path), steps=1, width=8, mult=(1,))
     cfg.blocks, cfg.device, cfg.attention = 1, "cpu", None
+    cfg.levels, cfg.weighting = 4, "likelihood"
     images = torch.randint(256, (64, 1, 8, 8)).to(torch.uint8)
     data = common.Data("noise", images, torch.zeros(64), images, torch.zeros(64))
     run, sde = score_sde.prepare(cfg, data, torch.device("cpu"))
@@ -683,6 +688,25 @@ def test_images_by_class_and_in_colour(call, pictures, tmp_path):
         assert word in out
     lines = (tmp_path / "runs/score_sde-animals/metrics.jsonl").read_text().splitlines()
     assert json.loads(lines[-1])["examples"] == 3  # all of the held-out ones
+
+
+def test_sampling_heeds_its_flags(call, refused, monkeypatch):
+    """And a checkpoint is sampled with its own SDE alone."""
+    torch.set_default_dtype(torch.float32)
+    seen = []
+
+    def pc_sample(score, sde, x, steps, predictor, correctors, snr, **options):
+        seen.append((steps, predictor, correctors, snr))
+        return original(score, sde, x, steps, predictor, correctors, snr, **options)
+
+    original = score_sde.pc_sample
+    monkeypatch.setattr(score_sde, "pc_sample", pc_sample)
+    flags = "--sampler-steps 7 --predictor none --corrector-steps 2 --snr 0.3 --num-samples 3"
+    code, _, err = call("score_sde", *TINY, *flags.split(), "--out", "run")
+    assert code == 0, err
+    assert set(seen) == {(7, "none", 2, 0.3)}
+    for flag in (["--sde", "vp"], ["--score", "noise"], ["--sigma-max", "20"]):
+        refused("learned with", "score_sde", "--sample", "run/checkpoint.pt", *flag)
 
 
 def test_compare_prints_the_table(call, monkeypatch):
