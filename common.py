@@ -116,8 +116,10 @@ def parse(config_class, presets, argv=None):
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     helps = _comments(config_class)
     kinds = typing.get_type_hints(config_class, include_extras=True)
+    first = presets.get(config_class.dataset, {})  # the preset of the default data set
     for field in dataclasses.fields(config_class):
-        _add_flag(parser, field, kinds[field.name], helps[field.name])
+        shown = first.get(field.name, field.default)
+        _add_flag(parser, field, kinds[field.name], helps[field.name], shown)
     explicit = vars(parser.parse_args(argv))
 
     name = explicit.get("dataset", config_class.dataset)
@@ -166,8 +168,9 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (--help lists the flags)")
 
 
-def _add_flag(parser, field, kind, text):
-    """A field's flag: --x VALUE; --no-x too for a bool, and for an optional one with a default."""
+def _add_flag(parser, field, kind, text, shown):
+    """A field's flag: --x VALUE; --no-x too for a bool, and for an optional one with a default. The
+    help shows the value `shown`."""
     flag, default = field.name.replace("_", "-"), field.default
     options = {"dest": field.name, "default": argparse.SUPPRESS}
     if typing.get_origin(kind) in (types.UnionType, typing.Union):
@@ -175,8 +178,8 @@ def _add_flag(parser, field, kind, text):
         if default is not None:
             off = {"action": "store_const", "const": None, "help": f"without {flag}"}
             parser.add_argument(f"--no-{flag}", **options, **off)
-    if default is not None:
-        shown = ",".join(map(str, default)) if isinstance(default, tuple) else default
+    if shown is not None:
+        shown = ",".join(map(str, shown)) if isinstance(shown, tuple) else shown
         text = f"{text} [{shown}]"
     if kind is bool:
         options["action"] = argparse.BooleanOptionalAction

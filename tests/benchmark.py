@@ -3,8 +3,8 @@
 Two kinds of rows are shown only where they are named: `presets --gpu` times the presets of CIFAR-10
 (flags such as `--amp on` go on to the scripts), `quality` trains on MNIST.
 
-Peers are used where installed: pip install torchcfm diffusers torchdiffeq. Every contender of a row
-runs in turn, round after round, so that a drift of the machine's speed meets all alike, and the row
+Peers are used where installed: pip install torchcfm diffusers torchdiffeq scipy. A row's contenders
+run in turn, round after round, so that a drift of the machine's speed meets all alike, and the row
 shows the least time of each: the rest is other programs'. Not collected by pytest.
 """
 
@@ -29,19 +29,18 @@ from PIL import Image
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-warnings.filterwarnings("ignore")
 
-import common  # noqa: E402
-import d3pm  # noqa: E402
-import displacement  # noqa: E402
-import flow_matching  # noqa: E402
-import neural_ode  # noqa: E402
-import rectified_flow  # noqa: E402
-import vae  # noqa: E402
+import common
+import d3pm
+import displacement
+import flow_matching
+import neural_ode
+import rectified_flow
+import vae
 
-PRESETS = {  # image channels, side, U-Net: base channels, multiples, blocks, attention; batch
-    "MNIST": (4, 14, flow_matching.PRESETS["mnist"], 64),  # the part that sees patches as channels
-    "CIFAR-10": (3, 32, flow_matching.PRESETS["cifar10"], 16),
+PRESETS = {  # image channels, side, batch
+    "mnist": (4, 14, 64),  # the part of the U-Net that sees patches as channels
+    "cifar10": (3, 32, 16),
 }
 
 
@@ -72,12 +71,10 @@ def row(title, seconds, unit, amount):
     print(f"{title:34} {unit:9} {cells}{ratio}", flush=True)
 
 
-def unets(channels, side, preset, device):
-    """U-Nets of the same channels, blocks and attention."""
-    c = channels
-    width, mult, blocks = preset["width"], preset["mult"], preset.get("blocks", 2)
-    sides = preset["attention"] or ()
-    attention = [r for r in sides if side % r == 0 and (side // r) in (1, 2, 4, 8)]
+def unets(c, side, cfg, device):
+    """U-Nets of the same channels, blocks and attention, for c channels at side x side."""
+    width, mult, blocks = cfg.width, cfg.mult, cfg.blocks
+    attention = [r for r in cfg.attention or () if side % r == 0 and side // r in (1, 2, 4, 8)]
     nets = {"ours": common.UNet(c, c, side, width, mult, blocks, attention)}
     try:
         import torchcfm.models.unet.unet as torchcfm_unet
@@ -125,8 +122,9 @@ def unets(channels, side, preset, device):
 
 
 def unet_rows(device):
-    for name, (channels, side, preset, batch) in PRESETS.items():
-        nets, x = unets(channels, side, preset, device)
+    for name, (channels, side, batch) in PRESETS.items():
+        cfg = flow_matching.Config(**flow_matching.PRESETS[name])
+        nets, x = unets(channels, side, cfg, device)
         x = x.expand(batch, -1, -1, -1).contiguous()
         t, target = torch.rand(batch, device=device), torch.randn_like(x)
         sizes = {key: sum(p.numel() for p in net.parameters()) / 1e6 for key, net in nets.items()}
@@ -149,7 +147,7 @@ def unet_rows(device):
 
             return step
 
-        rounds = 15 if name == "MNIST" else 5
+        rounds = 15 if name == "mnist" else 5
         steps = {key: training(net) for key, net in nets.items()}
         row(f"{name}, training, batch {batch}", interleaved(steps, rounds), "images/s", batch)
         steps = {key: sampling(net) for key, net in nets.items()}
@@ -627,13 +625,10 @@ def in_one_piece(x):
 def judge_rows(samples, data_dir):
     """Any script's samples.npz of MNIST, beside as many images of the training and test set."""
     x, *y = (torch.from_numpy(a) for a in np.load(samples).values())
+    if x.shape[1:] != (28, 28, 1):
+        raise SystemExit(f"{samples} holds {tuple(x.shape[1:])}, MNIST's images are (28, 28, 1)")
     x, y = x.permute(0, 3, 1, 2), y[0] if y else None
-    cfg = common.Config(dataset="mnist", data_dir=data_dir)
-    data = common.load_data(cfg)
-    if x.shape[1:] != data.shape:
-        raise SystemExit(
-            f"{samples} holds images of {tuple(x.shape[1:])}, MNIST's are {data.shape}"
-        )
+    data = common.load_data(common.Config(dataset="mnist", data_dir=data_dir))
     judge, n = make_judge(data), min(len(x), 10_000)
     train = shuffled(data.train), shuffled(data.train_labels)
     test = data.test, data.test_labels
@@ -641,7 +636,9 @@ def judge_rows(samples, data_dir):
     for name, (images, labels) in sets.items():
         images = common.to_float(images[:n])
         distance, certain = judge.distance(images)
-        row = f"{n} {name}: distance {distance:.1f}, {certain:.1%} certain"
+        row = f"{n} {name}: {certain:.1%} certain"
+        if name != "test images":  # they are what it is the distance to
+            row += f", distance {distance:.1f}"
         if labels is not None:
             row += f", {(judge.classes(images) == labels[:n]).float().mean():.1%} of their class"
         try:
@@ -656,8 +653,9 @@ def quality_rows(minutes, data_dir, folder):
     seconds = 60 * minutes
 
     def settings(out, steps):
-        flags = ["--dataset", "mnist", "--data-dir", data_dir, "--out", f"{folder}/{out}"]
-        flags += ["--no-class-conditional", "--fm-until", "0"]  # as the others are
+        out = common.free_folder(f"{folder}/{out}")
+        flags = ["--dataset", "mnist", "--data-dir", data_dir, "--out", out]
+        flags += ["--no-class-conditional", "--fm-until", "0", "--amp", "off"]  # as the others are
         return common.parse(flow_matching.Config, flow_matching.PRESETS, [*flags, "--steps", steps])
 
     def ours():
@@ -712,7 +710,7 @@ def quality_rows(minutes, data_dir, folder):
         )
 
 
-def main():
+def parse(argv=None):
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--gpu", action="store_true")
     kinds = ["unet", "ode", "adjoint", "vector", "vae", "d3pm", "straight", "presets", "quality"]
@@ -722,9 +720,15 @@ def main():
     parser.add_argument("--judge", help="a samples.npz of MNIST to judge, and nothing else")
     parser.add_argument("--data-dir", default="data", help="where MNIST lies for them [data]")
     parser.add_argument("--out", default="runs/quality", help="where they write [runs/quality]")
-    arguments, others = parser.parse_known_args()
+    arguments, others = parser.parse_known_args(argv)
     if others and arguments.rows != "presets":
         parser.error(f"unknown: {' '.join(others)} (--rows presets hands flags on to the scripts)")
+    return arguments, others
+
+
+def main():
+    arguments, others = parse()
+    warnings.filterwarnings("ignore")
     device = torch.device("cuda" if arguments.gpu else "cpu")
     torch.set_float32_matmul_precision("high")
     print(f"torch {torch.__version__}, {device}, {torch.get_num_threads()} threads")

@@ -353,22 +353,27 @@ def test_bad_downloads(refused, tmp_path, monkeypatch):
 # ---- What the documents promise -----------------------------------------------------------------
 
 
+BENCHMARK = "tests/benchmark.py"
+
+
 def readme_commands():
     text = (ROOT / "README.md").read_text()
-    for line in re.findall(r"python (\w+\.py(?: [^`\n|#]*)?)", text):
+    for line in re.findall(r"(?:python|--nproc_per_node \d+) ([\w/]+\.py(?: [^`\n|#]*)?)", text):
         script, *arguments = shlex.split(line)
-        if not script.startswith("common"):
-            yield script, arguments
+        yield script, arguments
 
 
 def test_readme_commands_parse(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     commands = list(readme_commands())
-    assert len(commands) >= 5
+    assert len(commands) >= 60
+    assert {script for script, _ in commands} == {f"{s}.py" for s in SCRIPTS} | {BENCHMARK}
     for script, arguments in commands:
-        assert (ROOT / script).exists(), script
         module = __import__(Path(script).stem)
         if "--help" in arguments:
+            continue
+        if script == BENCHMARK:
+            module.parse(arguments)
             continue
         if "--sample" in arguments or "--resume" in arguments:
             for flag in ("--sample", "--resume"):  # their files are not here: the other flags count
@@ -376,6 +381,15 @@ def test_readme_commands_parse(tmp_path, monkeypatch):
                     i = arguments.index(flag)
                     del arguments[i : i + (2 if flag == "--sample" else 1)]
         common.parse(module.Config, module.PRESETS, arguments)
+
+
+def test_the_benchmark_builds_the_presets_networks():
+    benchmark = importlib.import_module("benchmark")
+    for name, (channels, side, _) in benchmark.PRESETS.items():
+        with torch.device("meta"):
+            cfg = flow_matching.Config(**flow_matching.PRESETS[name])
+            nets, x = benchmark.unets(channels, side, cfg, "meta")
+            assert nets["ours"](x, torch.rand(1)).shape == (1, channels, side, side)
 
 
 def test_readme_counts_lines_and_shows_every_picture():

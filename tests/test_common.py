@@ -21,6 +21,7 @@ from PIL import Image
 from torch.testing import assert_close
 
 import common
+import d3pm
 import flow_matching
 from common import SolverError, UserError
 
@@ -1053,6 +1054,14 @@ def test_help_shows_every_field(capsys):
     for field in dataclasses.fields(flow_matching.Config):
         assert "--" + field.name.replace("_", "-") in text
     assert "peak learning rate of Adam" in text
+
+
+def test_help_shows_what_a_run_without_flags_takes(capsys):
+    with pytest.raises(SystemExit):
+        common.parse(d3pm.Config, d3pm.PRESETS, ["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert d3pm.Config.T != 256 == d3pm.PRESETS["grammar"]["T"]
+    assert "diffusion steps (Sec. 5, Sec. 6) [256]" in text
 
 
 def test_a_run_never_destroys_another(tmp_path, monkeypatch):
