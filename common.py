@@ -84,6 +84,7 @@ class Config:
     checkpoint_every: Count | None = None  # steps between checkpoints (besides every 10 minutes)
 
     learned = ("optimizer",)  # settings that a checkpoint is made of: no flag may change them
+    new = False  # whether `out` was chosen because no run was there
 
     @property
     def script(self):
@@ -136,7 +137,8 @@ def parse(config_class, presets, argv=None):
         saved = load_checkpoint(path, cfg.script, mmap=True)["config"]
         if unknown := saved.keys() - kinds.keys():
             raise UserError(f"{path} has the unknown setting {min(unknown)}: from another version?")
-        of_its_run = {"out": None, "resume": False, "sample": None, "num_samples": 0}
+        of_its_run = {"out": None, "resume": False, "sample": None}
+        of_its_run |= {} if cfg.resume else {"num_samples": 0}
         learned = config_class(**saved | of_its_run)
         for key in explicit.keys() & set(config_class.learned):
             if explicit[key] != (value := getattr(learned, key)):
@@ -144,15 +146,16 @@ def parse(config_class, presets, argv=None):
                 raise UserError(f"{path} learned with {flag} {value}: leave {flag} as it was")
         cfg = dataclasses.replace(learned, **explicit)
     if cfg.resume:
-        if cfg.dataset != saved["dataset"]:
-            raise UserError(f"{path} was trained on {saved['dataset']}: leave out --dataset")
+        if Path(cfg.dataset) != Path(saved["dataset"]):
+            raise UserError(f"{path} was trained on {saved['dataset']}: name that run by --out")
         for key in [k for k in explicit if k in saved and k not in ("steps", "out", "resume")]:
             if explicit[key] != saved[key]:
                 print(f"from here on {key} = {explicit[key]}, not {saved[key]}", file=sys.stderr)
         return cfg
     if cfg.out and Path(cfg.out, "checkpoint.pt").exists():
         raise UserError(f"{cfg.out} holds a checkpoint: add --resume to go on, or another --out")
-    cfg.out = cfg.out or _default_out(cfg)
+    if not cfg.out:
+        cfg.out, cfg.new = _default_out(cfg), True
     return cfg
 
 
@@ -508,8 +511,8 @@ def _damaged_file(kind, root):
 
 
 def _folder_splits(root, size):
-    """Every image below `root`, centre-cropped to size × size; every tenth one is held out. The
-    others are shuffled, so that the first n are of all classes."""
+    """Every image below `root`, on white, centre-cropped to size × size; every tenth one is held
+    out. The others are shuffled, so that the first n are of all classes."""
     suffixes = {s for s, kind in Image.registered_extensions().items() if kind in Image.OPEN}
     paths = sorted(p for p in root.rglob("*") if p.suffix.lower() in suffixes and p.is_file())
     if len(paths) < 2:
@@ -520,8 +523,14 @@ def _folder_splits(root, size):
     for i, path in enumerate(tqdm(paths, "decoding", disable=rank() > 0, leave=False)):
         try:
             with Image.open(path) as image:
-                image = ImageOps.exif_transpose(image).convert("RGB")  # upright
-                x[i] = ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)
+                image = ImageOps.exif_transpose(image)  # upright
+                if image.mode[0] in "IF":  # which Pillow would clip, not scale
+                    raise ValueError(f"its pixels are not of 8 bits but of mode {image.mode}")
+                if image.has_transparency_data:
+                    image = image.convert("RGBA")
+                    image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+                fitted = ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.LANCZOS)
+                x[i] = fitted
         except Exception as error:
             raise UserError(f"cannot read the image {path}: {error}; mend or remove it") from None
     x = torch.from_numpy(x).permute(0, 3, 1, 2).contiguous()
@@ -1080,6 +1089,11 @@ def world_size():
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def process_seed(cfg):
+    """The seed of this process's stream of data and noise: far from those of other --seeds."""
+    return cfg.seed + 1_000_003 * rank()
+
+
 def setup(cfg):
     """Seed, choose the device, join torchrun's process group if there is one -> the device."""
     name = cfg.device
@@ -1099,7 +1113,7 @@ def setup(cfg):
     if launched and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     torch.set_float32_matmul_precision("high")  # TF32 where there is any
-    torch.manual_seed(cfg.seed + rank())  # each process its own stream of data and noise
+    torch.manual_seed(process_seed(cfg))
     return device
 
 
@@ -1207,7 +1221,7 @@ class Run:
             optimizer = functools.partial(kind, lr=cfg.lr, betas=(0.9, cfg.beta_2), fused=True)
         self.optimizer = optimizer(self._parameters)
         if stage:  # whether the stages before were trained or loaded, the noise is the same
-            torch.manual_seed(cfg.seed + rank() + zlib.crc32(stage.encode()))
+            torch.manual_seed(process_seed(cfg) + zlib.crc32(stage.encode()))
         if cfg.sample:
             self._load(Path(cfg.sample).with_name(self.file.name) if stage else cfg.sample)
         elif cfg.resume and (self.file.exists() or not stage):
@@ -1228,7 +1242,7 @@ class Run:
 
     def steps(self):
         """The numbers of the steps up to cfg.steps. SIGINT or SIGTERM saves and exits: after the
-        step, or in a distributed run after the next one that is logged."""
+        step, or in a distributed run after the next tenth one."""
         self.net.train()
         started_at = self.done
         self._saved_at = self._logged_at = time.monotonic()
@@ -1285,10 +1299,11 @@ class Run:
         return falling.get(cfg.decay, 1.0)
 
     def _agree(self, *flags):
-        """A distributed run decides together, when it logs: any process's flag counts for all."""
+        """A distributed run decides together, every tenth step: any process's flag counts for all
+        (torchrun waits 30 seconds for an interrupted process)."""
         if world_size() == 1:
             return flags
-        if self.done % LOG_EVERY:
+        if self.done % 10:
             return [False] * len(flags)
         votes = torch.tensor(flags, dtype=torch.int32, device=self.device)
         dist.all_reduce(votes, dist.ReduceOp.MAX)
@@ -1365,13 +1380,13 @@ class Run:
 
     def _load(self, path):
         state = load_checkpoint(path, self.cfg.script)
+        if state.get("stage", "") != self.stage:
+            raise UserError(f"{path} is of stage {state['stage']!r}: name the run's checkpoint.pt")
         try:
             self.net.load_state_dict(state["model"])
             self.ema.load_state_dict(state["ema"])
         except RuntimeError:
             raise UserError(f"{path} does not fit: was it trained with another network?") from None
-        if state.get("stage", "") != self.stage:
-            raise UserError(f"{path} is of stage {state['stage']!r}: name the run's checkpoint.pt")
         self.done = state["step"]
         if self.cfg.sample:
             return
@@ -1399,11 +1414,14 @@ class Run:
         about["device"] = f"{self.device} ({platform.processor() or platform.machine()})"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
+            if not self.stage:  # a later stage may change its own settings, not the run's
+                with open(self.folder / "config.json", "x" if self.cfg.new else "w") as file:
+                    file.write(json.dumps(about, indent=2) + "\n")
             lines = metrics.read_text().splitlines(True) if metrics.exists() else []
             temporary.write_text("".join(line for line in lines if self._is_past(line)))
             os.replace(temporary, metrics)
-            if not self.stage:  # a later stage may change its own settings, not the run's
-                (self.folder / "config.json").write_text(json.dumps(about, indent=2) + "\n")
+        except FileExistsError:
+            raise UserError(f"another run has just begun in {self.folder}; choose --out") from None
         except OSError as error:
             cause = error.strerror
             raise UserError(f"cannot write to {self.folder}: {cause}; choose --out") from None
@@ -1417,8 +1435,8 @@ class Run:
             return False
         if stage != self.stage:
             return bool(self.cfg.resume or self.stage)
-        evaluated_again = "split" in record and self.done >= self.cfg.steps
-        return step < self.done + (not evaluated_again)
+        going_on = self.cfg.resume and self.done < self.cfg.steps
+        return step < self.done + ("split" not in record or going_on)
 
     def write_samples(self, draw):
         """cfg.num_samples of draw(n), x or (x, y), to samples.npz, in batches. arr_0: images uint8
@@ -1433,7 +1451,7 @@ class Run:
         settings = dataclasses.asdict(self.cfg) | own
         parts = self.folder / f"samples-{zlib.crc32(json.dumps(settings).encode()):08x}"
         parts.mkdir(exist_ok=True)
-        files = [parts / f"{i}.pt" for i in range(0, total, size)]
+        files = [parts / f"{i}.npz" for i in range(0, total, size)]
         for i, file in enumerate(tqdm(files, "sampling", leave=False)):
             if file.exists():
                 continue
@@ -1441,11 +1459,11 @@ class Run:
             drawn = draw(min(size, total - i * size))
             x, *y = drawn if isinstance(drawn, tuple) else (drawn,)
             x = to_uint8(x).permute(0, 2, 3, 1) if x.ndim == 4 else x
-            torch.save([a.cpu() for a in (x, *y) if a is not None], file.with_suffix(".tmp"))
-            os.replace(file.with_suffix(".tmp"), file)
+            np.savez(parts / "tmp.npz", *(a.cpu().numpy() for a in (x, *y) if a is not None))
+            os.replace(parts / "tmp.npz", file)
         path = self.folder / "samples.npz"
-        batches = zip(*(torch.load(file, weights_only=True) for file in files), strict=True)
-        np.savez(path, *(torch.cat(batch).numpy() for batch in batches))
+        batches = zip(*([*np.load(file).values()] for file in files), strict=True)
+        np.savez(path, *map(np.concatenate, batches))
         shutil.rmtree(parts)
         self.say(f"wrote {total} samples to {path}")
 

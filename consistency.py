@@ -456,7 +456,7 @@ def prepare(cfg, device, data):
         trained = train_teacher(cfg, device, data)
         for each in (run.net, run.ema):
             each.start_from(trained)
-        torch.manual_seed(cfg.seed + common.rank())  # whether the teacher was trained or loaded
+        torch.manual_seed(common.process_seed(cfg))  # whether the teacher was trained or loaded
         run.save()
     return run
 

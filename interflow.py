@@ -547,7 +547,7 @@ def prepare(cfg, device, name, target, stage=""):
     if source.shape != target.shape:
         shapes = f"{source.shape} and {target.shape}"
         raise UserError(f"--source {name} and --dataset {cfg.dataset} differ in shape: {shapes}")
-    torch.manual_seed(cfg.seed + common.rank())  # the same start, whatever was trained before
+    torch.manual_seed(common.process_seed(cfg))  # the same start, whatever was trained before
     if isinstance(target, Table):  # no random features: of many columns they would be noise
         velocity = common.MLP(*target.shape, width=cfg.width, blocks=cfg.blocks, features=0)
     else:

@@ -597,7 +597,7 @@ def prepare(cfg):
         for each in (run.net, run.ema):
             torch.manual_seed(cfg.seed)  # the same scale in every process
             each.adopt(weights, common.to_float(data.train[: cfg.batch_size]))
-        torch.manual_seed(cfg.seed + common.rank())  # the same if stage one was interrupted
+        torch.manual_seed(common.process_seed(cfg))  # the same if stage one was interrupted
         run.save()
     return run, data, Process(cfg.T, cfg.beta_1, cfg.beta_T, device)
 

@@ -307,8 +307,9 @@ def rectify(cfg, net, pi_0, pi_1, device, metric=F.mse_loss):
         before = run
         if before:
             net = copy.deepcopy(before.ema).requires_grad_()  # a warm start: Departure 3
-        steps = math.ceil(cfg.later * cfg.steps) if stage else cfg.steps
-        run = common.Run(dataclasses.replace(cfg, steps=steps), net, device, stage, cfg.optimizer)
+        steps = math.ceil(cfg.later * cfg.steps)
+        here = dataclasses.replace(cfg, steps=steps) if stage else cfg
+        run = common.Run(here, net, device, stage, cfg.optimizer)
         if before and run.done < steps and not cfg.sample:
             n = math.ceil(cfg.pairs / common.world_size())
             rng = random_stream(cfg, device, f"pairs for {stage}")

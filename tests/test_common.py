@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 import os
+import resource
 import signal
 import time
 import types
@@ -406,6 +407,53 @@ def test_held_out_images_come_in_no_order(tmp_path):
     assert torch.equal(data.test, common.load_data(cfg).test)
 
 
+@pytest.mark.parametrize(("kind", "channels"), [("MNIST", 1), ("FashionMNIST", 1), ("CIFAR10", 3)])
+@pytest.mark.parametrize("size", [None, 4])
+def test_torchvisions_images(tmp_path, monkeypatch, kind, channels, size):
+    """Channels first, upright, the training set's beside their labels."""
+    levels = np.arange(4 * 8 * 8 * channels).reshape(4, 8, 8, channels) // 4
+    levels = levels.astype(np.uint8)
+
+    def stub(root, train, download):
+        images = levels[:3] if train else levels[3:]
+        if channels == 1:
+            return types.SimpleNamespace(
+                data=torch.from_numpy(images[..., 0]), targets=torch.arange(len(images))
+            )
+        return types.SimpleNamespace(data=images, targets=list(range(len(images))))
+
+    monkeypatch.setattr(f"torchvision.datasets.{kind}", stub)
+    name = {"FashionMNIST": "fashion_mnist"}.get(kind, kind.lower())
+    data = common.load_data(small_config(tmp_path, dataset=name, image_size=size))
+    whole = torch.from_numpy(levels).permute(0, 3, 1, 2)
+    if size:
+        whole = F.interpolate(whole.float(), [4, 4], mode="area").round().byte()
+    for x, expected in ((data.train, whole[:3]), (data.test, whole[3:])):
+        assert x.dtype == torch.uint8
+        error = (x[..., 1:-1, 1:-1].float() - expected[..., 1:-1, 1:-1]).abs().max()
+        assert error <= (1 if size else 0)  # a linear image, away from its edges: to rounding
+        if not size:
+            assert torch.equal(x, expected)
+    assert data.train_labels.tolist() == [0, 1, 2]
+    assert data.test_labels.tolist() == [0]
+
+
+def test_pictures_that_are_not_plain_colours(tmp_path, pictures):
+    """A drawing on nothing lies on white; what Pillow would clip is refused."""
+    pictures("plain", n=2, size=4)
+    ink = Image.new("RGBA", (4, 4), (0, 0, 0, 0))
+    ink.paste((10, 20, 30, 255), (0, 0, 4, 2))
+    ink.save(tmp_path / "plain" / "a.png")
+    data = common.load_data(small_config(tmp_path, dataset=str(tmp_path / "plain"), image_size=4))
+    every = torch.cat([data.train, data.test])
+    (drawing,) = [x for x in every if (x[:, 2:] == 255).all()]
+    assert (drawing[:, :2] == torch.tensor([10, 20, 30])[:, None, None]).all()
+    for mode, level in (("I;16", 40_000), ("F", 0.5)):
+        Image.new(mode, (4, 4), level).save(tmp_path / "plain" / "a.tiff")
+        with pytest.raises(UserError, match="not of 8 bits but of mode"):
+            common.load_data(small_config(tmp_path, dataset=str(tmp_path / "plain")))
+
+
 def test_photographs_stand_upright(tmp_path):
     """A camera on its side writes its pixels as they fall, and says so by EXIF's orientation."""
     image = Image.new("RGB", (16, 16))
@@ -789,7 +837,8 @@ def test_other_processes_get_other_noise_when_they_resume(tmp_path):
 
 
 def test_a_stage_refuses_another_stages_checkpoint(tmp_path):
-    run = common.Run(small_config(tmp_path, steps=0), Line(), torch.device("cpu"), stage="second")
+    cfg, other_network = small_config(tmp_path, steps=0), common.MLP(2)
+    run = common.Run(cfg, other_network, torch.device("cpu"), stage="second")
     run.save()
     cfg = small_config(tmp_path / "samples", sample=str(run.file))
     with pytest.raises(UserError, match="is of stage 'second'"):
@@ -919,6 +968,17 @@ def test_samples_go_on_where_they_were_interrupted(tmp_path):
     assert np.load(tmp_path / "samples.npz").files == ["arr_0"]
 
 
+def test_samples_on_a_full_disk(tmp_path):
+    """An OSError, which `cli` shows in one line."""
+    run = common.Run(small_config(tmp_path, num_samples=500), Line(), torch.device("cpu"))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            run.write_samples(lambda n: torch.zeros(n, 100))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
+
+
 @pytest.mark.parametrize("known", [True, False])
 def test_samples_keep_their_classes(tmp_path, known):
     run = common.Run(small_config(tmp_path, num_samples=37), Line(), torch.device("cpu"))
@@ -1044,6 +1104,57 @@ def test_config_precedence_and_kinds(tmp_path, monkeypatch):
     assert common.parse(Odd, presets, ["--flip", "--no-compile"]).flip
     with pytest.raises(UserError, match="share.*0, 1"):
         common.parse(Odd, presets, ["--share", "1.5"])
+
+
+def test_two_runs_that_begin_together(tmp_path, monkeypatch):
+    """Both have chosen the same new folder: the second is refused, and the first one's is whole."""
+    monkeypatch.chdir(tmp_path)
+    cfgs = [common.parse(flow_matching.Config, {}, ["--seed", str(seed)]) for seed in (0, 1)]
+    assert cfgs[0].out == cfgs[1].out
+    run = common.Run(cfgs[0], Line(), torch.device("cpu"))
+    run.record(step=1)
+    with pytest.raises(UserError, match="another run has just begun"):
+        common.Run(cfgs[1], Line(), torch.device("cpu"))
+    assert json.loads((run.folder / "config.json").read_text())["seed"] == 0
+    assert json.loads((run.folder / "metrics.jsonl").read_text()) == {"step": 1}
+
+
+def test_what_resuming_and_sampling_remember(tmp_path):
+    """A resumed run still writes its samples; a sampled one, as many as it is told to."""
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    cfg = small_config(tmp_path / "run", dataset=f"{folder}/", num_samples=5)
+    run = common.Run(cfg, Line(), torch.device("cpu"))
+    run.save()
+    parse = functools.partial(common.parse, flow_matching.Config, flow_matching.PRESETS)
+    resume = ["--resume", "--out", cfg.out]
+    assert parse(resume).num_samples == 5
+    assert parse(["--sample", str(run.file)]).num_samples == 0
+    assert parse([*resume, "--dataset", str(folder)]).dataset == str(folder)  # without the slash
+    with pytest.raises(UserError, match="name that run by --out"):
+        parse([*resume, "--dataset", "moons"])
+
+
+def test_figures_are_not_doubled(tmp_path):
+    """By an evaluation of an unfinished run, given twice."""
+    run = common.Run(small_config(tmp_path / "run"), Line(), torch.device("cpu"))
+    for x, _ in run.batches(line_data()):
+        run.step(line_loss(run, x))
+        if run.done == 5:
+            run.save()
+            break
+    cfg = small_config(tmp_path / "samples", sample=str(run.file))
+    for _ in range(2):
+        common.Run(cfg, Line(), torch.device("cpu")).report("test", figure=1.0)
+    assert len((tmp_path / "samples/metrics.jsonl").read_text().splitlines()) == 1
+
+
+def test_processes_of_neighbouring_seeds_have_streams_of_their_own(tmp_path, monkeypatch):
+    seeds = set()
+    for rank in range(64):
+        monkeypatch.setattr(common, "rank", lambda rank=rank: rank)
+        seeds |= {common.process_seed(small_config(tmp_path, seed=s)) for s in range(100)}
+    assert len(seeds) == 6400
 
 
 def test_help_shows_every_field(capsys):

@@ -127,6 +127,17 @@ def train(script, arguments, folder, fault=None):
     return code, (folder / "log-0").read_text()
 
 
+def train_together(script, arguments, folder, faults=(None, None)):
+    """The exit codes of two processes that train one model, and what they printed."""
+    together = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    processes = [
+        start(script, arguments, folder, fault, RANK=str(n), LOCAL_RANK=str(n), **together)
+        for n, fault in enumerate(faults)
+    ]
+    codes = [end(process) for process in processes]
+    return codes, [file.read_text() for file in sorted(folder.glob("log-*"))]
+
+
 def free_port():
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
@@ -213,17 +224,30 @@ def test_interrupted_and_on_a_full_disk(script, tmp_path):
 @pytest.mark.beside
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_two_processes_hold_the_same_weights(script, tmp_path):
-    together = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
-    arguments = [*tiny(script), "--out", "run"]
-    processes = [
-        start(script, arguments, tmp_path, RANK=str(n), LOCAL_RANK=str(n), **together)
-        for n in range(2)
-    ]
-    for process in processes:
-        code, logs = end(process), [file.read_text() for file in sorted(tmp_path.glob("log-*"))]
-        assert code == 0, logs
+    codes, logs = train_together(script, [*tiny(script), "--out", "run"], tmp_path)
+    assert codes == [0, 0], logs
     weights = [torch.load(tmp_path / f"rank-{n}.pt", weights_only=True) for n in range(2)]
     assert_same(*weights, script)
+
+
+@pytest.mark.beside
+def test_two_processes_stop_together_and_resume_bit_for_bit(tmp_path):
+    """The signal reaches one alone; both save at the next tenth step."""
+    whole, pieces = tmp_path / "whole", tmp_path / "pieces"
+    for folder in (whole, pieces):
+        folder.mkdir()
+    arguments = [*tiny("flow_matching"), "--steps", "14", "--out", "run"]
+    codes, logs = train_together("flow_matching", arguments, pieces, (None, ("interrupted", 3)))
+    assert codes == [130, 130], logs
+    assert "stopped at step 10" in logs[0]
+    codes, logs = train_together("flow_matching", ["--resume", "--out", "run"], pieces)
+    assert codes == [0, 0], logs
+    codes, logs = train_together("flow_matching", arguments, whole)
+    assert codes == [0, 0], logs
+    expected, found = (checkpoints(folder)["checkpoint.pt"] for folder in (whole, pieces))
+    assert len(expected["rng"]) == 2
+    for key in ("step", "model", "ema", "optimizer", "rng"):
+        assert_same(expected[key], found[key], key)
 
 
 def gradient_of_one_of_two(index, out, port):
