@@ -1254,7 +1254,8 @@ class Run:
         try:
             while self.done < self.cfg.steps:
                 yield self.done
-            if self.done > started_at or not self.file.exists():
+            new_flags = self.cfg.resume and not self.stage  # for what comes after this stage
+            if self.done > started_at or new_flags or not self.file.exists():
                 self.save()
         finally:
             self.bar.close()

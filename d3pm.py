@@ -81,6 +81,8 @@ class Config(common.Config):
     attention: Sizes | None = None  # resolutions with attention, of the U-Net
     dropout: common.Fraction = 0.0  # of the U-Net
 
+    learned = (*common.Config.learned, "family", "schedule", "form", "levels", "neighbours", "band")
+
 
 # fmt: off
 IMAGES = {"T": 100, "family": "gaussian", "head": "logistic", "steps": 4_000, "batch_size": 32,
@@ -94,7 +96,8 @@ PRESETS = dict.fromkeys(("glyphs", "mnist", "fashion_mnist"), IMAGES | {"image_s
     "cifar10": {"family": "gaussian", "head": "logistic", "levels": 256, "lam": 0.001,  # App. B.1
                 "infer_steps": 1000, "steps": 1_500_000, "batch_size": 128, "lr": 2e-4,
                 "ema": 0.9999, "dropout": 0.1, "flip": True, "blocks": 2, "attention": (16,),
-                "width": 128, "mult": (1, 2, 2, 2), "warmup": 0, "decay": "constant"},  # its code
+                "width": 128, "mult": (1, 2, 2, 2), "warmup": 0, "decay": "constant",  # its code
+                "clip": 693.0},  # its code: 1, of the loss of one t in bits; here T ln 2 of those
 }
 # fmt: on
 
@@ -152,7 +155,9 @@ class Chain(nn.Module):
 
     def skip(self, steps):
         """The chain of so many steps, at most T: k of this one's each, or about (Sec. 3.3)."""
-        grid = torch.linspace(0, self.T, min(steps, self.T) + 1).round().long()
+        if steps >= self.T:
+            return self
+        grid = torch.linspace(0, self.T, steps + 1).round().long()
         return self.at(grid).to(self.times.device)
 
 
@@ -388,6 +393,9 @@ def make_chain(cfg, data):
     if schedule != SCHEDULES.get(family, schedule):
         raise UserError(f"--schedule {schedule}: --family {family} has its own alone")
     if schedule == "linear" and family in SCHEDULES:
+        if cfg.form == "posterior":
+            why = "it divides by probabilities that are zero in float32"
+            raise UserError(f"--form posterior: for --family {family} {why}; take joint")
         if T * K**2 > 2**27:
             raise UserError(f"--family {family}: its tables of {T} x {K} x {K} are too large")
         band = band_kernel(K, torch.linspace(0.02, 1, T), cfg.band).double()
@@ -757,10 +765,11 @@ def page(lines):
 
 
 def draw(cfg, run, data, chain, n):
-    """n samples: images in [-1, 1], or tokens int64 (n, L)."""
-    chain = chain.skip(cfg.infer_steps)
+    """n samples, in the chain's steps: images in [-1, 1], or texts, as int64 code points (n, L)."""
     *_, (_, x_0) = reverse(run.ema, chain, chain.draw_prior(n, *data.shape), cfg.form)
-    return data.decode(x_0) if data.is_image else x_0
+    if data.is_image:
+        return data.decode(x_0)
+    return torch.tensor([[ord(symbol) for symbol in text] for text in data.decode(x_0)])
 
 
 ROWS = {  # ours: posterior, mixed, and of images uniform lam, gaussian logistic
@@ -869,7 +878,8 @@ def main(cfg):
         return
     evaluate(cfg, run, data, chain)
     if cfg.num_samples:
-        run.write_samples(lambda n: draw(cfg, run, data, chain, n))
+        shorter = chain.skip(cfg.infer_steps)
+        run.write_samples(lambda n: draw(cfg, run, data, shorter, n))
     run.say(f"see {run.folder / 'samples.png'}")
 
 

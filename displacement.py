@@ -82,6 +82,7 @@ def monotone_rearrangement(edges_0, p_0, edges_1, p_1):
     u = torch.cat([F_0, F_1]).sort().values
     u = torch.cat([u[:1], u[1:][u.diff() > 1e-12]])  # lighter pieces drown in rounding: joined
     u[-1] = 1
+    F_0, F_1 = (u[torch.searchsorted(u, F + 1e-12, right=True) - 1] for F in (F_0, F_1))
 
     def quantiles(edges, F):
         def Q(u, right):  # the limit from the right, or from the left

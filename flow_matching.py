@@ -507,8 +507,8 @@ def compare(cfg):
         for nfe in budgets:
             x, _ = sample(v, x_0, path, method="midpoint", steps=nfe // 2)
             row += f"{(x - true).square().mean().sqrt().item():9.4f}"
-        _, nfe = sample(v, x_0, path, rtol=1e-5, atol=1e-5)
-        log_p, _ = log_prob(v, data.test[:2000], path, rtol=1e-5, atol=1e-5)
+        _, nfe = sample(v, x_0, path, rtol=cfg.tol, atol=cfg.tol)
+        log_p, _ = log_prob(v, data.test[:2000], path, rtol=cfg.tol, atol=cfg.tol)
         rows.append(f"{row}{nfe:9d}{-log_p.mean().item():9.3f}")
     print("root mean square error of the midpoint rule against its 1000-evaluation solution")
     print("path loss " + "".join(f"{f'NFE {n}':>9}" for n in budgets) + "   dopri5      nll")
@@ -550,6 +550,8 @@ def main(cfg):
             raise UserError("--compare is made for 2-D data: --dataset checkerboard, or its like")
         if cfg.class_conditional:
             raise UserError("--compare is of unconditional models: leave out --class-conditional")
+        if (cfg.path, cfg.objective) != ("ot", "cfm"):
+            raise UserError("--compare trains every path and loss: leave out --path, --objective")
         compare(cfg)
         return
     run, data, path = prepare(cfg)

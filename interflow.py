@@ -64,7 +64,7 @@ class Config(common.Config):
     patch: Count = 1  # side of the patches of pixels that the U-Net sees as channels
     dropout: common.Fraction = 0.0  # of the U-Net
 
-    learned = (*common.Config.learned, "source")
+    learned = (*common.Config.learned, "source", "interpolant")
 
 
 SMALL_IMAGES = common.SMALL_UNET | {  # minutes on two cores
@@ -177,7 +177,7 @@ def diagnose(v, interpolant, x_0, x_1):
 
     G + E|v|² is 0 at the minimum. So it is at v = 0: read it beside G and E|v|². The last two are
     v's errors in root mean square at t = 0 and t = 1, where the minimum is known but for a mean,
-    whose own error over these rows is subtracted.
+    whose own error over these rows is subtracted; a single row has no such figures.
     """
 
     def mean_square(v):
@@ -187,12 +187,13 @@ def diagnose(v, interpolant, x_0, x_1):
     x_0, x_1, t = x_0[:n], x_1[:n], torch.rand(n, device=x_0.device)
     g, square = G(v, interpolant, x_0, x_1, t), mean_square(v(interpolant(x_0, x_1, t)[0], t))
     figures = {"G": g, "v_squared": square, "G_plus_v_squared": g + square}  # Prop. 1
-    v_0, v_1 = end_velocities(x_0, x_1, interpolant)
-    _, _, da, db = interpolant.coefficients(torch.tensor([0.0, 1.0]).to(x_0))
-    noise_0, noise_1 = (x.flatten(1).var(dim=0).sum() / n for x in (x_1, x_0))
-    error_0 = mean_square(v(x_0, 0 * t) - v_0) - db[0] ** 2 * noise_0
-    error_1 = mean_square(v(x_1, 0 * t + 1) - v_1) - da[1] ** 2 * noise_1
-    figures["error_at_0"], figures["error_at_1"] = (e.relu().sqrt() for e in (error_0, error_1))
+    if n > 1:
+        v_0, v_1 = end_velocities(x_0, x_1, interpolant)
+        _, _, da, db = interpolant.coefficients(torch.tensor([0.0, 1.0]).to(x_0))
+        noise_0, noise_1 = (x.flatten(1).var(dim=0).sum() / n for x in (x_1, x_0))
+        error_0 = mean_square(v(x_0, 0 * t) - v_0) - db[0] ** 2 * noise_0
+        error_1 = mean_square(v(x_1, 0 * t + 1) - v_1) - da[1] ** 2 * noise_1
+        figures |= {"error_at_0": error_0.relu().sqrt(), "error_at_1": error_1.relu().sqrt()}
     return {name: figure.item() for name, figure in figures.items()}
 
 
@@ -357,7 +358,7 @@ class Table(common.Data):
 
     @property
     def log_scale(self):  # what a row's log density loses
-        return self.std.log().sum()
+        return self.std.log().sum().item()
 
 
 def read_table(path):
@@ -401,7 +402,7 @@ def load_table(path, device="cpu"):
         torch.from_numpy((x - mean) / std).float().to(device) for x in (train, test, validation)
     )
     labels = [torch.zeros(len(x), dtype=torch.long, device=device) for x in (train, test)]
-    mean, std = (torch.from_numpy(a).to(device) for a in (mean, std))
+    mean, std = torch.from_numpy(mean), torch.from_numpy(std)  # float64, which not all devices have
     parts = (train, labels[0], test, labels[1])
     return Table(path, *parts, validation=validation, mean=mean, std=std)
 
@@ -470,11 +471,10 @@ def report_likelihood(cfg, run, split, data, x, log_rho, times=(1.0, 0.0), **abo
 def evaluate_vectors(cfg, run, source, target):
     """Report a flow's figures, and return rows of panels: the flow forwards, and backwards."""
     v, n, rows = run.ema, cfg.nll_examples, []
-    ends = (source, held_out(source, HELD_OUT)), (target, held_out(target, HELD_OUT))
-    for times in ((0.0, 1.0), (1.0, 0.0)):
-        (start, x), (end, goal) = ends if times[1] else ends[::-1]
+    a, b = (source, held_out(source, HELD_OUT)), (target, held_out(target, HELD_OUT))
+    for (start, x), (end, goal), times in ((a, b, (0.0, 1.0)), (b, a, (1.0, 0.0))):
         flow = f"{start.name} to {end.name}"
-        if times[1]:
+        if start is source:
             with torch.no_grad():
                 run.report("objective", flow=flow, **diagnose(v, v.interpolant, x, goal))
         if n and start.name in LOG_DENSITIES and isinstance(end, common.Data):
@@ -622,10 +622,11 @@ def main(cfg):
         return
 
     def draw(n):  # from rho_1
-        x_0 = continuous(source, source.batch(n)[0])
+        x_0 = held_out(source, n)
+        x_0 = x_0[torch.arange(n) % len(x_0)]
         x_1, _ = transport(run.ema, x_0, **common.solver_options(cfg))
         is_table = isinstance(target, Table)
-        return (target.mean + target.std * x_1).float() if is_table else x_1
+        return (target.mean + target.std * x_1.cpu()).float() if is_table else x_1
 
     if target.is_image:
         evaluate_images(cfg, run, source, target)

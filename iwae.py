@@ -320,8 +320,8 @@ def fit(cfg, images, name, net=None, **settings):
     run.say(f"training {name}")
     train(here, run, images)
     figures, *_ = evaluate(here, run, images)
-    nll, error, active = (figures[key] for key in ("nll", "standard_error", "active"))
-    return run.net, f"{nll:.2f} ± {error:.2f} [{active}]"
+    error = figures["standard_error"] or math.nan
+    return run.net, f"{figures['nll']:.2f} ± {error:.2f} [{figures['active']}]"
 
 
 PAPER = {  # Table 1, MNIST: stochastic layers, k -> VAE, IWAE
@@ -439,7 +439,10 @@ def main(cfg):
     if cfg.table and (cfg.resume or cfg.sample or cfg.num_samples or "RANK" in os.environ):
         raise UserError("--table trains anew, in one process, and writes no samples")
     device = common.setup(cfg)
-    images = Images(cfg, common.load_images(cfg, device))
+    data = common.load_images(cfg, device)
+    if len(data.test) < 2:  # which has no A_u
+        raise UserError(f"{cfg.dataset} is too small: of a folder's images one in ten is held out")
+    images = Images(cfg, data)
     if cfg.table:
         (table_1 if cfg.table == "1" else table_2)(cfg, images)
         return

@@ -29,6 +29,7 @@ import dataclasses
 import functools
 import itertools
 import math
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,6 +86,8 @@ class Config(common.Config):
     depth: Count = 1  # blocks of a spatial transformer
     context: Count = 64  # width of tau(y); Table 13, App. E.2.1: 512
     examples: Count = 200  # test images and samples that are measured
+
+    learned = (*common.Config.learned, "T", "beta_1", "beta_T")
 
 
 # fmt: off
@@ -527,10 +530,10 @@ def train_autoencoder(cfg, run, data, distance):
         x_hat = run.model(z, "decode")
         L_rec = (x - x_hat).abs().mean() + cfg.perceptual * distance(x, x_hat).mean()
         loss = L_rec + L_reg  # App. G: L_Autoencoder
-        if cfg.adversarial:
+        started = run.done >= cfg.adversarial_start
+        if cfg.adversarial and (started or common.world_size() > 1):  # which wants all gradients
             L_psi, L_adv = adversarial_losses(lambda x: run.model(x, "discriminate"), x, x_hat)
             weight = adaptive_weight(L_rec, L_adv, run.net.decoder[-1][-1].weight)
-            started = run.done >= cfg.adversarial_start
             loss = loss + started * (L_psi + cfg.adversarial * weight * L_adv)
         run.step(loss)
 
@@ -563,7 +566,8 @@ def stage_one(cfg, net, data, device):
     classes = train_classifier(cfg, data, device, "features")
     distance = functools.partial(perceptual_distance, functools.partial(features, classes))
     adam = functools.partial(torch.optim.Adam, betas=(0.5, 0.9), fused=True)  # official code
-    run = common.Run(cfg, net, device, "autoencoder", adam)
+    here = dataclasses.replace(cfg, compile=cfg.compile and not cfg.adversarial)  # it cannot be
+    run = common.Run(here, net, device, "autoencoder", adam)
     run.cfg = dataclasses.replace(cfg, steps=cfg.ae_steps, lr=cfg.ae_lr)
     train_autoencoder(run.cfg, run, data, distance)
     return run.ema.state_dict()
@@ -583,7 +587,9 @@ def prepare(cfg):
         if other["step"] < other["config"]["steps"]:
             raise UserError(f"{cfg.first_stage} has not finished its stage one: --resume it first")
         for name in ("f", "z_channels", "reg", "codes", "ae_width", "adversarial", "image_size"):
-            setattr(cfg, name, other["config"][name])
+            if getattr(cfg, name) != (value := other["config"][name]):
+                print(f"from here on {name} = {value}, as in {cfg.first_stage}", file=sys.stderr)
+                setattr(cfg, name, value)
     data = common.load_data(cfg, device)
     check(cfg, data)
     if other and other["model"]["encoder.0.weight"].shape[1] != data.shape[0]:
@@ -615,6 +621,8 @@ def check(cfg, data):
     if new and cfg.f > 1 and cfg.adversarial and cfg.adversarial_start >= cfg.ae_steps:
         start = f"starts at step {cfg.adversarial_start}, and stage one has {cfg.ae_steps}"
         raise UserError(f"--adversarial {start}: give a smaller --adversarial-start")
+    if new and cfg.f > 1 and cfg.adversarial and side < 12:
+        raise UserError(f"--adversarial needs 12 pixels a side, not {side}: leave it out")
     if cfg.sampling_steps > cfg.T:
         raise UserError(f"--sampling-steps {cfg.sampling_steps} are more than --T {cfg.T}")
     if cfg.num_samples and cfg.condition in IMAGES:
@@ -679,16 +687,17 @@ def evaluate_stage_one(run, x, y, judge):
 
 
 @torch.no_grad()
-def evaluate_guidance(run, process, x, classes, judge):
-    """The judge's agreement at each scale, and the distance of its features from test images'."""
-    cfg, y, shown = run.cfg, torch.arange(len(x), device=run.device) % classes, {}
+def evaluate_guidance(run, process, n, x, classes, judge):
+    """The judge's agreement at each scale on n samples, and the distance of its features from
+    those of the test images x."""
+    cfg, y, shown = run.cfg, torch.arange(n, device=run.device) % classes, {}
     clock = time.process_time if run.device.type == "cpu" else time.perf_counter
     for s in sorted({0.0, 1.0, 2.0, 3.0, 5.0, cfg.scale}):
         torch.manual_seed(cfg.seed)  # the same noise at every scale
         start = clock()
-        samples = generate(run.ema, process, len(y), y, s)
-        figures = {"seconds_per_sample": (clock() - start) / len(y)}
-        shown[s] = samples[y < 10]
+        samples = generate(run.ema, process, n, y, s)
+        shown[s] = samples[y < 10]  # which waits for the device
+        figures = {"seconds_per_sample": (clock() - start) / n}
         if judge:
             maps = [features(judge, images)[-1].mean((2, 3)) for images in (samples, x)]
             figures["agreement"] = judged(judge, y, s=samples)["judge_on_s"]
@@ -753,7 +762,8 @@ def main(cfg):
     if cfg.condition in IMAGES:
         above, below = evaluate_restoration(run, process, x, y, judge)
     elif cfg.condition in LABELS:
-        above, below = evaluate_guidance(run, process, x, classes, judge)
+        distinct = x[: len(data.test)]
+        above, below = evaluate_guidance(run, process, len(x), distinct, classes, judge)
     else:
         above, below = [("samples", in_turn(8, generate(run.ema, process, 64)))], []
     if cfg.condition not in IMAGES:
@@ -762,8 +772,7 @@ def main(cfg):
     if cfg.num_samples:
 
         def draw(n):
-            y = torch.randint(classes, (n,), device=run.device)
-            y = y if cfg.condition in LABELS else None
+            y = data.draw_labels(n) if cfg.condition in LABELS else None
             return generate(run.ema, process, n, y), y
 
         run.write_samples(draw)

@@ -14,7 +14,7 @@ Departures  1. The error is a mean over the cases, not a sum. Where in the paper
                their likelihood has no bound. --sigma-min 1e-9 is the paper's sigma = exp(z).
             3. Starting weights and a weight decay of 1e-7 (a .csv's: 1e-5), lest a unit become a
                step between two cases, are ours: inputs are standardised, centres start at targets,
-               biases decay too. BFGS goes on from the best of three starts: see `best_start`.
+               biases decay too. BFGS begins at the best of three starts: see `best_start`.
             4. Eq. 47 is printed with sigma_i², but Eq. 46, a sum over c dimensions, has c sigma_i².
             5. The robot's networks are those after the last cycle; the paper keeps, of every tenth,
                the best by its test set's error. Our test sets have 10,000 cases, not 1,000.
@@ -29,6 +29,7 @@ import csv
 import dataclasses
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
@@ -54,6 +55,8 @@ class Config(common.Config):
     weight_decay: Fraction = 1e-5  # half of it times the squared weights joins the error
     sigma_min: Positive = 1e-2  # floor of the widths, in the targets' (or their standardised) units
     device: str = "cpu"  # or any torch device that knows float64
+
+    learned = (*common.Config.learned, "targets", "inputs", "sigma_min")
 
 
 PAPER = {"optimizer": "bfgs", "clip": None, "weight_decay": 1e-7, "sigma_min": 1e-3}
@@ -286,7 +289,9 @@ def load_pairs(cfg, device):
 
     held_out, mean, std = torch.arange(11_000) >= 1_000, torch.zeros(1), torch.ones(1)
     if is_file:
-        x, t, names = read_csv(cfg.dataset, cfg.targets, cfg.inputs)
+        x, t, inputs, names = read_csv(cfg.dataset, cfg.targets, cfg.inputs)
+        if not any("," in name for name in inputs):
+            cfg.inputs = ",".join(inputs)  # another table may have them in another order
         held_out = torch.arange(len(x)) % 10 == 0
         mean, std = t[~held_out].mean(dim=0), t[~held_out].std(dim=0)
         if not std.all():
@@ -305,7 +310,7 @@ def load_pairs(cfg, device):
 
 
 def read_csv(path, targets, inputs=None):
-    """x (N, d), t (N, c) and the targets' names, of a .csv with a line of names; or UserError."""
+    """x (N, d), t (N, c) and their columns' names, of a .csv with a line of names; or UserError."""
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
             lines = csv.reader(file, skipinitialspace=True)
@@ -338,7 +343,7 @@ def read_csv(path, targets, inputs=None):
         if len(row) != len(header) or not all(map(math.isfinite, table[-1])):
             raise UserError(f"{path}, line {line}: not {len(header)} finite numbers")
     table = torch.tensor(table, dtype=torch.float64)
-    return table[:, : len(x_names)], table[:, len(x_names) :], t_names
+    return table[:, : len(x_names)], table[:, len(x_names) :], x_names, t_names
 
 
 # ---- The network and its training ---------------------------------------------------------------
@@ -352,8 +357,9 @@ class Network(nn.Module):
         std = x.std(dim=0, correction=0)
         self.register_buffer("mean", x.mean(dim=0))
         self.register_buffer("std", torch.where(std > 0, std, 1.0))
-        self.hidden = nn.Linear(x.shape[1], hidden, dtype=torch.float64)
-        self.output = nn.Linear(hidden, len(bias), dtype=torch.float64)
+        kind = {"dtype": torch.float64, "device": x.device}
+        self.hidden = nn.Linear(x.shape[1], hidden, **kind)
+        self.output = nn.Linear(hidden, len(bias), **kind)
         nn.init.normal_(self.hidden.weight, std=x.shape[1] ** -0.5)
         nn.init.normal_(self.hidden.bias)  # the units bend at different places
         nn.init.normal_(self.output.weight, std=0.1 * (hidden + 1) ** -0.5)
@@ -608,7 +614,20 @@ def report(cfg, run, squares, forward, pairs):
     run.say(f"see {run.folder / 'samples.png'}")
 
 
+def in_learned_units(pairs, cfg):
+    """The pairs, their targets in the units of the table that cfg's checkpoint has learned."""
+    path = cfg.sample or Path(cfg.out, "checkpoint.pt")
+    state = common.load_checkpoint(path, cfg.script)["model"]
+    mean, std = (state[name].to(pairs.mean) for name in ("t_mean", "t_std"))
+    if torch.equal(mean, pairs.mean) and torch.equal(std, pairs.std):
+        return pairs
+    t, test_t = ((t * pairs.std + pairs.mean - mean) / std for t in (pairs.t, pairs.test_t))
+    return dataclasses.replace(pairs, t=t, test_t=test_t, mean=mean, std=std)
+
+
 def main(cfg):
+    if cfg.amp != "off":
+        raise UserError("mdn.py computes in float64: leave out --amp")
     device = common.setup(cfg)
     if device.type == "mps":
         raise UserError("--device mps has no float64, which BFGS needs: use cpu")
@@ -619,16 +638,14 @@ def main(cfg):
 
     starts = range(3 if cfg.optimizer == "bfgs" else 1)
     nets = [Network(pairs.x, cfg.hidden, starting_mixture(pairs.t, cfg.kernels)) for _ in starts]
-    trained = cfg.sample or cfg.resume  # its weights will be loaded
-    net = nets[0] if trained or len(nets) == 1 else best_start(nets, pairs, error)
+    if cfg.sample or cfg.resume:  # its weights will be loaded
+        net, pairs = nets[0], in_learned_units(pairs, cfg)
+    else:
+        net = best_start(nets, pairs, error) if len(nets) > 1 else nets[0]
     net.register_buffer("t_mean", pairs.mean.clone())
     net.register_buffer("t_std", pairs.std.clone())
     squares = Network(pairs.x, cfg.ls_hidden, pairs.t.mean(dim=0))
     run = train(cfg, net, pairs, error, device)
-    if cfg.sample:  # another table's targets, in the units of the one that was learned
-        mean, std = run.ema.t_mean, run.ema.t_std
-        test_t = (pairs.test_t * pairs.std + pairs.mean - mean) / std
-        pairs = dataclasses.replace(pairs, test_t=test_t, mean=mean, std=std)
     squares = train(cfg, squares, pairs, sum_of_squares, device, "least-squares").ema
     forward = None
     if cfg.dataset == "inverse":

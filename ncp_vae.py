@@ -315,7 +315,8 @@ def train(cfg, device, data):
     for x, _ in second.batches(data) if not cfg.sample else ():
         loss = sum(ncp_losses(vae, second.model, binary(x)))  # [second stage], Fig. 2
         second.step(loss)
-    shorter = replace(cfg, steps=min(cfg.steps, cfg.judge_steps))
+    steps = min(cfg.steps, cfg.judge_steps) if data.num_classes > 1 else 0
+    shorter = replace(cfg, steps=steps)
     judge = common.Run(shorter, Judge(data.num_classes), device, "judge")
     for x, y in judge.batches(data) if not cfg.sample else ():
         judge.step(F.cross_entropy(judge.model(grey(x)), y))
@@ -336,7 +337,8 @@ def draw(cfg, vae, log_r, n, method, temperature=1.0):
         "sir": by_sir(log_r, cfg.proposals, temperature),
         "langevin": by_langevin(log_r, cfg.langevin_steps, cfg.langevin_step, temperature),
     }[method]
-    most = max(1, 500_000 // cfg.proposals)  # draws at a time: memory is bounded
+    rows = cfg.proposals if method == "sir" else 1  # of a draw
+    most = max(1, 500_000 // rows)  # draws at a time: memory is bounded
     parts = [torch.zeros(min(most, n - i), 0, device=device) for i in range(0, n, most)]
     return torch.cat([ancestral(vae.prior, how, part, vae.groups) for part in parts])
 

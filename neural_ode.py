@@ -55,7 +55,7 @@ class Config(common.Config):
     channels: Count = 16  # classify: of the feature maps; the paper's 64
     observations: Sizes = (30, 50, 100)  # latent: the columns of Table 2
 
-    learned = (*common.Config.learned, "observations")
+    learned = (*common.Config.learned, "experiment", "observations")
 
     def __post_init__(self):
         names = ("dataset", "steps", "batch_size", "lr", "tol", "gradient")
@@ -574,8 +574,8 @@ def evaluate_cnf(run, data, energy):
 def classify(cfg, device):
     """An ODE-Net and its twin of six residual blocks, trained alike: Table 1, Fig. 3a, 3c."""
     data = common.load_data(cfg, device)
-    if not data.is_image or min(data.shape[1:]) < 4:
-        raise UserError("--experiment classify needs images, of 4 x 4 pixels at least")
+    if not data.is_image or min(data.shape[1:]) < 4 or data.num_classes < 2:
+        raise UserError("--experiment classify needs images of 4 x 4 pixels, of classes (folders)")
     sizes = (data.shape, data.num_classes, cfg.channels)
     nets = {"": Classifier(*sizes, 0, solver(cfg)), "resnet": Classifier(*sizes, blocks=6)}
     runs = []

@@ -255,14 +255,19 @@ class Noise:
 
 
 class Examples:
-    """A data set (N, ...) as a source or target; drawn with replacement, flipped, smoothed."""
+    """A data set (N, ...) as a source or target, flipped, smoothed. Drawn with replacement, or if
+    `distinct`, as far as it goes, without: an energy distance is unbiased by distinct points."""
 
-    def __init__(self, x, flip=False, smoothing=None):
-        self.x, self.flip, self.smoothing = x, flip, smoothing
+    def __init__(self, x, flip=False, smoothing=None, distinct=False):
+        self.x, self.flip, self.smoothing, self.distinct = x, flip, smoothing, distinct
 
     def draw(self, n, generator=None):
         options = {"device": self.x.device, "generator": generator}
-        x = common.to_float(self.x[torch.randint(len(self.x), (n,), **options)])
+        if self.distinct and n <= len(self.x):
+            index = torch.randperm(len(self.x), **options)[:n]
+        else:
+            index = torch.randint(len(self.x), (n,), **options)
+        x = common.to_float(self.x[index])
         if self.flip:
             x = common.mirrored(x, generator)
         if self.smoothing:
@@ -500,8 +505,8 @@ def load(cfg, device):
     if cfg.source == "noise" and not cfg.classes:
         if cfg.smoothing:
             raise UserError("--smoothing is for a source of data, and noise is not: leave it out")
-        noise = Noise(target.shape, device)
-        return target, (noise, Examples(target.train, cfg.flip)), (noise, Examples(target.test))
+        noise, test = Noise(target.shape, device), Examples(target.test, distinct=True)
+        return target, (noise, Examples(target.train, cfg.flip)), (noise, test)
     source = target
     if cfg.source not in ("noise", cfg.dataset):
         source = common.load_data(dataclasses.replace(cfg, dataset=cfg.source), device)
@@ -510,6 +515,7 @@ def load(cfg, device):
         raise UserError(f"{shapes}: take data sets alike (--image-size resizes both)")
     couples = []
     for split, flip in (("train", cfg.flip), ("test", False)):
+        distinct = split == "test"
         x = [getattr(data, split) for data in (source, target)]
         if cfg.classes:
             labels = [getattr(data, f"{split}_labels") for data in (source, target)]
@@ -518,7 +524,8 @@ def load(cfg, device):
             named = ",".join(map(str, cfg.classes))
             counts = source.num_classes, target.num_classes
             raise UserError(f"--classes {named}: no {split} examples; there are {counts} classes")
-        couples.append((Examples(x[0], flip, cfg.smoothing), Examples(x[1], flip)))
+        pi_0 = Examples(x[0], flip, cfg.smoothing, distinct)
+        couples.append((pi_0, Examples(x[1], flip, distinct=distinct)))
     return target, *couples
 
 

@@ -301,9 +301,10 @@ def test_bad_resume(refused, trained, run):
     refused("has done 2 already", "flow_matching", *arguments, "--steps", "1")
     refused("--sample is empty", "flow_matching", "--sample", "")
     Path("kept/metrics.jsonl").write_text('[1]\n{"a": 1}\n{"step": 1, "loss": 2.0}\n{"ste')
-    code, _, err = run(*arguments, "--steps", "3", "--path", "vp")
+    refused("learned with --path ot", "flow_matching", *arguments, "--path", "vp")
+    code, _, err = run(*arguments, "--steps", "3", "--lr", "0.01")
     assert code == 0, err
-    assert "from here on path = vp, not ot" in err
+    assert "from here on lr = 0.01, not 0.004" in err
     assert metrics("kept")[0] == {"step": 1, "loss": 2.0}
 
 

@@ -7,6 +7,7 @@ import math
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -663,11 +664,15 @@ def test_images_of_every_family(call, pictures):
         (
             "--T 20",
             "--family absorbing --head categorical --levels 3",
+            "--family uniform --form posterior",
+            "--family mixed --lam 0.1",
+            "--family band --T 100 --band 2 --infer-steps 2 --bound-steps 3",
             "--T 20 --infer-steps 3 --bound-steps 2",
         )
     ):
         code, _, err = call("d3pm", *flags, *more.split(), "--out", f"run{i}", "--bound-times", "2")
         assert code == 0, err
+        assert np.load(f"run{i}/samples.npz")["arr_0"].shape == (2, 8, 8, 3)
         last = json.loads(Path(f"run{i}/metrics.jsonl").read_text().splitlines()[-1])
         assert last["bits_per_dim"] > 0
         assert last["examples"] == 4
@@ -677,8 +682,12 @@ def test_text_files(call):
     Path("text.txt").write_text("Words, and more words: naïve ones.\n" * 40)
     for family in ("neighbours", "mixed"):
         flags = ["--dataset", "text.txt", "--length", "30", "--family", family]
-        code, out, err = call("d3pm", *TINY, *flags, "--out", family, "--form", "posterior")
+        flags += ["--form", "posterior", "--num-samples", "3"]
+        code, out, err = call("d3pm", *TINY, *flags, "--out", family)
         assert code == 0, err
+        points = np.load(f"{family}/samples.npz")["arr_0"]  # of Unicode
+        assert points.shape == (3, 30)
+        assert set(map(chr, points.flatten())) <= set("Words, and more words: naïve ones.\n")
         assert "known_words" in out
         assert Path(family, "samples.txt").read_text()
 
@@ -718,6 +727,7 @@ def test_bad_input(refused, pictures):
     refused("logistic is for .* images", "d3pm", *words, "--head", "logistic")
     refused("tables of 9999 x 256", "d3pm", *images, "--T", "9999", "--levels", "256")
     refused("--levels: must be", "d3pm", *images, "--levels", "1")
+    refused("zero in float32; take joint", "d3pm", *images, "--form", "posterior")
     refused("--compare trains anew", "d3pm", "--compare", "--num-samples", "3")
     for flags in (["--schedule", "cosine"], ["--no-lam"], ["--bound-examples", "0"]):
         refused("--compare takes each family's own", "d3pm", "--compare", *flags)

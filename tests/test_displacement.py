@@ -72,6 +72,17 @@ def random_histograms(gaps=True):
     return edges[0], p[0] / p[0].sum(), edges[1], p[1] / p[1].sum()
 
 
+def test_levels_that_agree_but_for_rounding_leave_a_gap_empty():
+    """F_0 = .1 + .2 is an ulp above F_1 = .3; beyond both lies a gap of rho_0."""
+    edges_0, p_0 = torch.tensor([0.0, 1, 2, 12, 13]), torch.tensor([0.1, 0.2, 0.0, 0.7])
+    edges_1, p_1 = torch.tensor([0.0, 1, 2]), torch.tensor([0.3, 0.7])
+    mass, ends_0, ends_1 = dp.monotone_rearrangement(edges_0, p_0, edges_1, p_1)
+    assert_close(mass, torch.tensor([0.1, 0.2, 0.7]))
+    assert_close(ends_0, torch.tensor([[0.0, 1], [1, 2], [12, 13]]))
+    back = dp.monotone_rearrangement(edges_1, p_1, edges_0, p_0)
+    assert_close(torch.cat(back[1:]), torch.cat([ends_1, ends_0]))
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_rearrangement_keeps_both_marginals_and_the_order(seed):
     torch.manual_seed(seed)

@@ -579,9 +579,12 @@ def test_joint_likelihood_of_classes_adds_up_to_the_marginal():
 
 def test_samples_are_of_their_classes_and_these_as_frequent_as_in_the_data():
     v, means, s, data = two_classes()
-    y = data.draw_labels(20_000)
+    cfg, run = (
+        fm.Config(class_conditional=True, tol=1e-6),
+        types.SimpleNamespace(ema=v, device="cpu"),
+    )
+    x, y = fm.draw(cfg, run, data, OT(0.0), 20_000)
     assert (y == 0).double().mean().item() == pytest.approx(100 / 398, abs=0.016)  # 5 s.e.
-    x, _ = fm.sample(fm.conditioned(v, y), torch.randn(20_000, 2), OT(0.0), rtol=1e-6, atol=1e-6)
     for k in (0, 1):
         n = (y == k).sum()
         assert_close(x[y == k].mean(0), means[k], rtol=0, atol=5 * s / n.item() ** 0.5)
@@ -594,6 +597,41 @@ def test_a_class_without_training_examples_has_a_probability():
     assert data.num_classes == 3
     log_p = fm.log_prob_class(torch.arange(3), data)
     assert_close(log_p.exp(), torch.tensor([3 / 6, 2 / 6, 1 / 6]))
+
+
+def test_a_models_low_resolution_images_are_of_its_examples(tmp_path, monkeypatch):
+    """Images of one level each: evaluation shows every image its own, in each part; and each of
+    the K dequantisations has the same probe."""
+    torch.set_default_dtype(torch.float32)
+    y = torch.zeros(70).long()
+    x = torch.arange(70).byte()[:, None, None, None].expand(70, 1, 8, 8).contiguous()
+    data, lows, seen, probes = common.Data("levels", x, y, x, y), [], [], []
+    settings = {"dataset": "pictures", "out": str(tmp_path), "device": "cpu", "steps": 0}
+    settings |= {"width": 8, "mult": (1,), "blocks": 1, "nll_examples": 70, "nll_samples": 2}
+    cfg = fm.Config(**settings, upsample=2, solver="euler", nfe=1, divergence="rademacher")
+    run = common.Run(cfg, common.network(cfg, data, in_channels=2), torch.device("cpu"))
+
+    def conditioned(net, y, low=None):
+        lows.append(low)
+        return lambda x, t: 0 * x
+
+    def log_prob(v, x_1, path, z=None, **_):
+        seen.append(x_1)
+        probes.append(z)
+        return torch.zeros(len(x_1)), 0
+
+    monkeypatch.setattr(fm, "conditioned", conditioned)
+    monkeypatch.setattr(fm, "log_prob", log_prob)
+    fm.evaluate_images(cfg, run, data, OT())
+    shown, *parts = lows
+    assert torch.equal(common.to_uint8(shown), x[:16])
+    for part, twice in zip(parts, (seen[:2], seen[2:]), strict=True):
+        for x_1 in twice:
+            assert torch.equal(common.to_uint8(part), common.to_uint8(x_1))
+    assert torch.equal(common.to_uint8(torch.cat(seen[::2])), x)
+    assert not torch.equal(seen[0], seen[1])
+    assert torch.equal(probes[0], probes[1])
+    assert torch.equal(probes[2], probes[3])
 
 
 @pytest.mark.parametrize("kind", ["images", "vectors"])

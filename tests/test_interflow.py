@@ -557,7 +557,7 @@ def test_table_files(tmp_path):
         np.testing.assert_allclose(parts[order, i], slope * scaled[:, i] + shift, atol=1e-5)
     # a density of y = (x - mean) / std becomes that of x by the factor 1 / prod(std)
     expected = sum(math.log(slope) for slope, _ in slopes)
-    assert_close(table.log_scale.item(), -expected, atol=1e-6, rtol=0)
+    assert_close(table.log_scale, -expected, atol=1e-6, rtol=0)
     again = it.load_table(str(tmp_path / "array.npy"))
     assert torch.equal(again.test, table.test)  # the same split every time
 
@@ -620,6 +620,9 @@ def test_pairs_for_the_diagnostics_are_independent():
     assert abs(torch.corrcoef(together.T)[:2, 2:]).max() > 0.1
     few = it.diagnose(lambda x, t: x, LINEAR, x_0[:7], x_1)  # as many of each as there are of both
     assert all(map(math.isfinite, few.values()))
+    one = it.diagnose(lambda x, t: x, LINEAR, x_0[:1], x_1)
+    assert set(one) == {"G", "v_squared", "G_plus_v_squared"}  # its mean is not known
+    assert all(map(math.isfinite, one.values()))
 
 
 def test_images_are_dequantised():
@@ -741,6 +744,47 @@ def test_likelihood_of_the_source_from_the_target(call):
     assert code == 0, err
     scored = [r for r in records("runs/interflow-eight_gaussians") if r.get("split") == "test"]
     assert [r["flow"] for r in scored] == ["eight_gaussians to moons"]
+
+
+def test_likelihoods_are_of_the_end_that_is_reached(call, refused, monkeypatch):
+    """From x at its end, where the data are, to the end whose density is known."""
+    seen = []
+
+    def log_prob(v, x, log_rho, times, **_):
+        seen.append((log_rho, times))
+        return torch.zeros(len(x)), 0
+
+    monkeypatch.setattr(it, "log_prob", log_prob)
+    for flags in (["--out", "run"], ["--dataset", "eight_gaussians", "--source", "moons"]):
+        assert call("interflow", *TINY, *flags)[0] == 0
+    towards_noise = common.standard_normal_log_prob, (1.0, 0.0)
+    assert seen == [towards_noise, (it.eight_gaussians_log_prob, (0.0, 1.0))]
+    refused("learned with --interpolant trig", "interflow", "--sample", "run/checkpoint.pt",
+            "--interpolant", "linear")  # fmt: skip
+
+
+def test_source_images_of_written_samples_are_held_out(call, tmp_path, monkeypatch):
+    torch.set_default_dtype(torch.float32)
+    starts = []
+    transport = it.transport
+
+    def recorded(v, x, *times, **solver):
+        starts.append(x)
+        return transport(v, x, *times, **solver)
+
+    monkeypatch.setattr(it, "transport", recorded)
+    for name, level in (("dark", 0), ("light", 255)):
+        (tmp_path / name).mkdir()
+        for i in range(11):
+            shade = abs(level - i)
+            Image.new("RGB", (8, 8), (shade,) * 3).save(tmp_path / name / f"{i:02}.png")
+    flags = [*TINY[2:], "--dataset", "light", "--source", "dark", "--image-size", "8"]
+    flags += ["--width", "4", "--mult", "1", "--blocks", "1", "--num-samples", "7"]
+    code, _, err = call("interflow", *flags, "--out", "run")
+    assert code == 0, err
+    drawn = common.to_uint8(torch.cat(starts[-2:]))
+    assert len(drawn) == 7  # two batches of at most four
+    assert set(drawn.unique().tolist()) == {0, 10}  # every tenth image is held out
 
 
 def test_bound_prints_distance_and_bound(call):

@@ -313,6 +313,33 @@ def test_the_two_forms_of_the_evidence_lower_bound_agree(groups):
     assert_close(closed.mean().item(), drawn.mean().item(), rtol=0, atol=5 * error)
 
 
+def test_bound_of_two_dependent_groups():
+    """With the exact ratio every Z_k is 1, and the NCP gains the two divergences from the prior."""
+    (mean, s), slope, rest = HIERARCHY["first"], HIERARCHY["slope"], HIERARCHY["second"]
+
+    class Two:
+        latent = 1
+        prior = staticmethod(prior_of_two)
+
+        def encode(self, x, samples):
+            shape = samples, len(x), 1
+            q_1 = Gaussian(torch.full(shape, mean), torch.full(shape, math.log(s)))
+            z_1 = q_1.sample()
+            q_2 = Gaussian(slope * z_1, torch.full(shape, math.log(rest)))
+            pairs = (q_1, prior_of_two(z_1[..., :0])), (q_2, prior_of_two(z_1))
+            return torch.cat([z_1, q_2.sample()], dim=-1), pairs
+
+        def log_likelihood(self, x, z):
+            return torch.zeros(z.shape[:-1])
+
+    base, ncp = ncp_vae.log_weights(Two(), log_ratio_of_two, torch.zeros(1, 3), 4_000, 1_000)
+    first = (s**2 + mean**2 - 1) / 2 - math.log(s)
+    second = (rest**2 + (slope - 0.5) ** 2 * (s**2 + mean**2) - 1) / 2 - math.log(rest)
+    gain = ncp - base
+    # log r has a deviation of about 1, and so a mean an error of .016; log Z_k's are smaller
+    assert_close(gain.mean().item(), first + second, rtol=0, atol=0.06)
+
+
 def test_later_groups_see_the_groups_before():
     vae = VAE(5, 8, latent=2, groups=2)
     z, pairs = vae.encode(torch.bernoulli(torch.full((3, 5), 0.5)), samples=7)

@@ -565,8 +565,12 @@ def single():
 SMALL = ["--steps", "2", "--batch-size", "4", "--tol", "0.1", "--channels", "4"]
 
 
-def test_classify_trains_resumes_and_evaluates_a_folder(single, call, pictures):
-    arguments = ["--experiment", "classify", "--dataset", pictures(n=30), *SMALL]
+def test_classify_trains_resumes_and_evaluates_a_folder(single, call, refused, pictures, tmp_path):
+    refused("of classes", "neural_ode", "--experiment", "classify", "--dataset", pictures(), *SMALL)
+    for name in ("cats", "dogs"):
+        (tmp_path / "animals").mkdir(exist_ok=True)
+        pictures(f"animals/{name}", n=15)
+    arguments = ["--experiment", "classify", "--dataset", "animals", *SMALL]
     code, out, err = call("neural_ode", *arguments, "--out", "run")
     assert code == 0, err
     assert "network ODE-Net" in out

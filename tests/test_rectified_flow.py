@@ -387,9 +387,17 @@ def test_distillation():
     seen = []
     rf.distillation_loss(net, z_0, z_1, metric=lambda x, y: seen.append((x, y)))
     assert_close(seen[0], (z_0 + net(z_0, zero), z_1))
-    times = []
-    rf.distillation_loss(lambda x, t: times.append(t) or x, z_0[:1].expand(500, 2), z_1[:1], k=4)
-    assert_close(times[0].unique(), torch.tensor([0.0, 0.25, 0.5, 0.75]))
+    seen.clear()
+
+    def straight(x, t):
+        seen.append((x, t))
+        return z_1[:1] - z_0[:1]
+
+    loss = rf.distillation_loss(straight, z_0[:1].expand(500, 2), z_1[:1].expand(500, 2), k=4)
+    assert loss < 1e-24
+    x, t = seen[0]
+    assert_close(t.unique(), torch.tensor([0.0, 0.25, 0.5, 0.75]))
+    assert_close(x, z_0[:1] + t[:, None] * (z_1[:1] - z_0[:1]))  # on the line, as Euler's steps are
 
 
 # ---- Couplings -----------------------------------------------------------------------------------
@@ -404,7 +412,11 @@ def test_sources():
 
     for source in (rf.Noise((2,), "cpu"), rf.Examples(points, smoothing=0.1)):
         assert torch.equal(source.draw(6, stream()), source.draw(6, stream()))
-        assert not torch.equal(source.draw(6, stream()), source.draw(6)) or not source
+        assert not torch.equal(source.draw(6, stream()), source.draw(6))
+    once = rf.Examples(points, distinct=True)
+    assert sorted(once.draw(20)[:, 0].tolist()) == list(range(20))
+    assert len(once.draw(19).unique()) == 19
+    assert once.draw(21).shape == (21, 2)  # there are not as many
     noise = rf.Examples(points, smoothing=0.1).draw(5000, stream())
     noise = noise - noise.mean(1, keepdim=True).round()
     assert_close(noise.std().item(), 0.1, rtol=0.05, atol=0)
@@ -603,6 +615,10 @@ def test_train_resume_sample(run, refused):
     assert rows["coupling"]["S"] == rows["distilled"]["V"] == "-"
     assert float(rows["3-rectified"]["full"]) > -1
     assert rows["distilled"]["N=1"] != "-"
+    rounds = list(rows.values())[:4]
+    for before, after in zip(rounds, rounds[1:], strict=False):  # each against the one it rectifies
+        fall = float(before["E|.|^2"]) - float(after["E|.|^2"])
+        assert float(after["descent"]) == pytest.approx(fall, abs=2e-4)  # of four printed digits
     names = ["", "-reflow-2", "-reflow-3", "-distilled"]
     assert all((folder / f"checkpoint{name}.pt").exists() for name in names)
     assert json.loads((folder / "config.json").read_text())["steps"] == 3  # not the later rounds'
@@ -616,6 +632,15 @@ def test_train_resume_sample(run, refused):
     for flags in (["--rounds", "4"], ["--distill", "2"]):
         refused("is of --rounds 3 --distill 1: keep both", "rectified_flow", *here, *flags)
     refused("learned with --source noise", "rectified_flow", *here, "--source", "moons")
+    one_more = ["--rounds", "4", "--distill", "0"]
+    (folder / "checkpoint-distilled.pt").rename("kept.pt")
+    assert run(*here, *one_more)[0] == 0
+    (folder / "checkpoint-reflow-4.pt").unlink()  # as if killed in round four
+    assert run(*here)[0] == 0
+    assert (folder / "checkpoint-reflow-4.pt").exists()  # the flags are remembered
+    (folder / "checkpoint-reflow-4.pt").unlink()
+    assert run(*here, "--rounds", "3", "--distill", "1")[0] == 0
+    Path("kept.pt").rename(folder / "checkpoint-distilled.pt")
     code, out, _ = run("--sample", folder / "checkpoint.pt")
     assert code == 0
     assert list(table(out))[-1] == "distilled"

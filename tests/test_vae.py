@@ -194,14 +194,17 @@ def test_linear_vae_finds_the_maximum_likelihood():
     assert gram[0, 1].abs() < 0.02 * gram.diag().prod().sqrt()
 
 
-def test_minibatches_estimate_the_whole(tmp_path):
+def test_minibatches_estimate_the_whole():
     """Eq. 8: N / M times the sum over a minibatch is right on average over the minibatches."""
-    net, _ = small()
+    net, _ = small(kind=BayesianVAE)
     x = torch.bernoulli(torch.full((6, 6), 0.4))
-    eps = torch.randn(1, 6, 2)
-    whole = vae.sgvb_b(net, x, eps).sum()
-    parts = [6 / 2 * vae.sgvb_b(net, x[i], eps[:, i]).sum() for i in torch.arange(6).split(2)]
+    eps, zeta = torch.randn(1, 6, 2), torch.randn_like(net.log_var_theta)
+    whole = vae.full_vb(net, x, eps, zeta, 6)
+    parts = [vae.full_vb(net, x[i], eps[:, i], zeta, 6) for i in torch.arange(6).split(2)]
     assert_close(torch.stack(parts).mean(), whole)
+    q = net.q_theta()
+    each = vae.sgvb_b(net, x, eps, net.weights(q.sample(zeta)))
+    assert_close(whole, each.sum() - q.kl())
 
 
 def test_the_prior_on_the_weights():
@@ -529,8 +532,10 @@ def test_compare_prints_the_table(run, refused):
     assert [row[:2] for row in rows] == [["aevb", "9"], ["wake-sleep", "9"], ["mcem", "9"]]
     assert rows[2][2] == rows[2][4] == rows[2][6] == "-"  # no bound without an encoder
     assert all(float(cell) < 0 for row in rows for cell in row[2:] if cell != "-")
-    code, _, err = run("--sample", "three/mcem/checkpoint.pt", "--num-samples", "2")
+    code, out, err = run("--sample", "three/mcem/checkpoint.pt", "--num-samples", "2")
     assert code == 0, err
+    assert "nll_by_mcmc" in out
+    assert "bound" not in out  # it has no encoder
     refused("by Monte Carlo EM", "vae", "--resume", "--out", "three/mcem", "--steps", "9")
     code, out, err = run(*MLP, "--compare", "--latent", "6", "--out", "six")
     assert code == 0, err
