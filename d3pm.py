@@ -12,19 +12,18 @@ Conventions x_0 is data, x_T noise; t = 1 ... T; [Q_t]_ij = q(x_t = j | x_{t-1} 
             int64 (B, ...), distributions log-probabilities (B, ..., K). Nats, reported in bits.
             alpha_bar is A.4.1's alpha~, a is A.7's alpha_bar, alpha A.4.2's alpha_*, n up to t.
 Departures  1. Eq. 4 holds at t = 1 too; official code for images, Sec. 3.4 and BERT take p~ there.
-            2. lambda weighs the terms of one t, as in the official code: Eq. 5's is T times it.
+            2. lambda weighs the terms of one t, as in official code: Eq. 5's is T times it. As the
+               code's loss is of one t in bits, its clipping at 1 is here at T ln 2.
             3. Eq. 18 is printed with "+ pi/2"; the cosine is of (t/T + s)/(1 + s) times pi/2, and
                s official code's. Eq. 17 lacks p(x_0) above its inner sum, A.3 1 / (1 - alpha~_t).
             4. Eq. 8's beta are for K = 256, T = 1000; others keep variances relative to the range.
             5. More exponents than App. A.7's, interpolated linearly in their log, not by a cubic.
-            6. The transformer has depthwise convolutions, as a plain one learns context slowly,
-               heads of 32 channels (24 for 12), learned positions. The U-Net is Dhariwal &
-               Nichol's: 38.3 M for 35.7. Embeddings for Eq. 9 are the text's bigrams.
+            6. The transformer has depthwise convolutions (a plain one learns slowly), 24 heads, not
+               12, learned positions. The U-Net has 38.3 M weights, not 35.7. Eq. 9 is of bigrams.
 Run         python d3pm.py                     18.25 ± 0.09 bits a sentence, entropy 18; 51 s
             python d3pm.py --dataset FILE.txt  tinyshakespeare: 2.853 ± 0.015 bits a letter; 11 min
             python d3pm.py --dataset mnist     digits of 8 grey levels
-            python d3pm.py --compare           family, loss, bits
-            python d3pm.py --connections       Sec. 4 in numbers
+            python d3pm.py --compare           family, loss, bits; --connections: Sec. 4 in numbers
             torchrun --nproc_per_node 8 d3pm.py --dataset cifar10   Table 3; not run here
 """
 
@@ -80,7 +79,6 @@ class Config(common.Config):
     mult: Sizes = (1, 2, 4)  # channel multiple of each level of the U-Net
     attention: Sizes | None = None  # resolutions with attention, of the U-Net
     dropout: common.Fraction = 0.0  # of the U-Net
-
     learned = (*common.Config.learned, "family", "schedule", "form", "levels", "neighbours", "band")
 
 
@@ -94,10 +92,9 @@ PRESETS = dict.fromkeys(("glyphs", "mnist", "fashion_mnist"), IMAGES | {"image_s
     "text8": {"steps": 1_000_000, "batch_size": 512, "lr": 5e-4, "warmup": 10_000, "length": 256,
               "width": 768, "blocks": 12},  # App. B.2; its decay is rsqrt
     "cifar10": {"family": "gaussian", "head": "logistic", "levels": 256, "lam": 0.001,  # App. B.1
-                "infer_steps": 1000, "steps": 1_500_000, "batch_size": 128, "lr": 2e-4,
-                "ema": 0.9999, "dropout": 0.1, "flip": True, "blocks": 2, "attention": (16,),
-                "width": 128, "mult": (1, 2, 2, 2), "warmup": 0, "decay": "constant",  # its code
-                "clip": 693.0},  # its code: 1, of the loss of one t in bits; here T ln 2 of those
+                "infer_steps": 1000, "steps": 1_500_000, "batch_size": 128, "lr": 2e-4,  # its code
+                "ema": 0.9999, "dropout": 0.1, "flip": True, "blocks": 2, "attention": (16,), "width": 128,
+                "mult": (1, 2, 2, 2), "clip": 693.0, "warmup": 0, "decay": "constant"},
 }
 # fmt: on
 

@@ -18,8 +18,7 @@ Departures  1. App. C prints eps + sigma_t grad log p. Since eps = -sigma_t scor
                Masks are boxes; captions are the labels spelled out. Left out: layouts, semantic
                maps and BSR; guiding by LPIPS and by a classifier; PLMS, a later paper.
             6. Ours: how often y is dropped; sampling times T i / S. Marked: official code.
-Run         python ldm.py                                    digits by class, through guidance
-            python ldm.py --dataset mnist                    the same, longer
+Run         python ldm.py [--dataset mnist]                  digits by class, through guidance
             python ldm.py --dataset mnist --condition inpainting --first-stage runs/ldm-mnist
             python ldm.py --dataset cifar10                  our preset; not run here
 """
@@ -29,7 +28,6 @@ import dataclasses
 import functools
 import itertools
 import math
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,7 +84,6 @@ class Config(common.Config):
     depth: Count = 1  # blocks of a spatial transformer
     context: Count = 64  # width of tau(y); Table 13, App. E.2.1: 512
     examples: Count = 200  # test images and samples that are measured
-
     learned = (*common.Config.learned, "T", "beta_1", "beta_T")
 
 
@@ -588,7 +585,7 @@ def prepare(cfg):
             raise UserError(f"{cfg.first_stage} has not finished its stage one: --resume it first")
         for name in ("f", "z_channels", "reg", "codes", "ae_width", "adversarial", "image_size"):
             if getattr(cfg, name) != (value := other["config"][name]):
-                print(f"from here on {name} = {value}, as in {cfg.first_stage}", file=sys.stderr)
+                print(f"from here on {name} = {value}, as in {cfg.first_stage}", flush=True)
                 setattr(cfg, name, value)
     data = common.load_data(cfg, device)
     check(cfg, data)

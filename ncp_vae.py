@@ -14,7 +14,7 @@ Departures  1. The paper's backbone is NVAE, its classifiers are residual convol
             2. No code of the paper was found: sizes, rates and Langevin's step are ours; MNIST's
                5,000 proposals, K classifiers that see all z_<k, are as later literature reports.
             3. For FID stands a Frechet distance in the features of a small classifier, trained
-               here on the data's labels: comparable within a run, and with nothing else.
+               here on the data's labels (if any): comparable within a run, and with nothing else.
             4. log Z by Monte Carlo is low in expectation, so the bound is high, by about
                1 / (2 M) (M / ESS - 1) with M draws: M and, of the first group, ESS / M are printed.
 Run         python ncp_vae.py                                    two latents; 93 CPU-s: bound (50

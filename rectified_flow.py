@@ -70,7 +70,7 @@ class Config(common.Config):
     patch: Count = 1  # side of the patches of pixels that the U-Net sees as channels
     dropout: common.Fraction = 0.0  # of the U-Net
 
-    learned = (*common.Config.learned, "source", "classes", "interpolation")
+    learned = (*common.Config.learned, "source", "classes", "smoothing", "interpolation")
 
 
 SMALL_IMAGES = common.SMALL_UNET | {  # minutes on two cores

@@ -74,9 +74,7 @@ class Config(common.Config):
     attention: Sizes | None = (16,)  # resolutions with attention
     patch: Count = 1  # side of the patches of pixels that the U-Net sees as channels
     dropout: common.Fraction = 0.0  # of the U-Net
-
-    learned = (*common.Config.learned, "sde", "score")
-    learned = (*learned, "sigma_min", "sigma_max", "beta_min", "beta_max")
+    learned = ("optimizer", "sde", "score", "sigma_min", "sigma_max", "beta_min", "beta_max")
 
 
 # fmt: off
@@ -84,19 +82,17 @@ SMALL_IMAGES = common.SMALL_UNET | {  # minutes on two cores
     "steps": 6_000, "sde": "subvp", "tol": 1e-4, "nll_examples": 64, "divergence": "rademacher",
     "classifier_steps": 2_000, "sigma_max": 50.0,  # VE: about the images' diameter
 }
-PRESETS = {
-    "glyphs": SMALL_IMAGES, "mnist": SMALL_IMAGES, "fashion_mnist": SMALL_IMAGES,
-    "folder": SMALL_IMAGES,
+PRESETS = dict.fromkeys(("glyphs", "mnist", "fashion_mnist", "folder"), SMALL_IMAGES) | {
     "cifar10": {  # DDPM++ cont. (sub-VP), Table 2, Table 3; width, mult, attention: official code
         "steps": 1_300_000, "batch_size": 128, "blocks": 4, "ema": 0.9999,  # App. H.1
         "lr": 2e-4, "warmup": 5_000, "decay": "constant", "flip": True,  # official code
         "dropout": 0.1, "divergence": "rademacher",  # official code
-        "sde": "subvp", "score": "noise",  # official code
+        "sde": "subvp", "score": "noise",  # official code; of VE, App. H:
+        # --sde ve --predictor reverse_diffusion --corrector-steps 1 --ema 0.999 --steps 950000
         "sigma_min": 0.02, "sigma_max": 100.0,  # official code's 0.01 and 50, of images in [0, 1]
         "nll_examples": 10_000, "nll_repeats": 5,  # App. D.2
         "sampler_steps": 1_000, "corrector_steps": 0,  # App. H.1
         "predictor": "euler_maruyama", "classifier_steps": 50_000,  # App. H.2; not stated
-        # VE (App. H): --sde ve --predictor reverse_diffusion --corrector-steps 1 --ema 0.999
     },
 }
 # fmt: on

@@ -12,8 +12,8 @@ Conventions x is flat, (B, D): binary draws with mean level / 255, or for a Gaus
 Departures  1. Adam with a falling rate, and a binarisation that is drawn anew at every visit; the
                paper has Adagrad (--optimizer), and does not say how it binarises (--binarization).
             2. N(0, 0.01) is read as a variance, like all the paper's normals; the prior N(0, I) on
-               the weights is a decay of 1 / N. A Gaussian's means lie in [-1, 1], by tanh, the
-               paper's in (0, 1), by a sigmoid: the densities differ by D log 2 nats.
+               the weights is a decay of 1 / N, the encoder's too. A Gaussian's means lie in
+               [-1, 1], by tanh, the paper's in (0, 1): the densities differ by D log 2 nats.
             3. App. D leaves the density and the chains open: here a full Gaussian, and L chains
                side by side, from draws of the prior picked by p(x | z). Minibatches share a draw of
                theta in Alg. 2: it stays unbiased.
