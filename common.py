@@ -1421,10 +1421,9 @@ class Run:
             lines = metrics.read_text().splitlines(True) if metrics.exists() else []
             temporary.write_text("".join(line for line in lines if self._is_past(line)))
             os.replace(temporary, metrics)
-        except FileExistsError:
-            raise UserError(f"another run has just begun in {self.folder}; choose --out") from None
         except OSError as error:
-            cause = error.strerror
+            begun = isinstance(error, FileExistsError) and self.folder.is_dir()
+            cause = "another run has just begun there" if begun else error.strerror
             raise UserError(f"cannot write to {self.folder}: {cause}; choose --out") from None
 
     def _is_past(self, line):
