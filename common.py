@@ -1071,7 +1071,8 @@ def standard_error(x):
 def energy_distance(x, y):
     """Unbiased estimate of 2 E|X - Y| - E|X - X'| - E|Y - Y'| from (N, D) and (M, D) points."""
     n, m = len(x), len(y)
-    within = torch.cdist(x, x).sum() / (n * (n - 1)) + torch.cdist(y, y).sum() / (m * (m - 1))
+    a, b = torch.cdist(x, x), torch.cdist(y, y)  # on GPUs (TF32) no point is at 0 from itself
+    within = (a.sum() - a.trace()) / (n * (n - 1)) + (b.sum() - b.trace()) / (m * (m - 1))
     return (2 * torch.cdist(x, y).mean() - within).item()
 
 
@@ -1191,9 +1192,9 @@ class Run:
     GPU convolutions sum in no fixed order, and differ by rounding).
 
     A paper of several trainings makes one Run for each, in the same folder, and names the later
-    ones by `stage`: each has cfg.steps steps and its own checkpoint-<stage>.pt. `optimizer`:
+    ones by `stage`: each has cfg.steps steps, or its own, and a checkpoint-<stage>.pt. `optimizer`:
     "adam", "muon" or a function of the parameters. More --steps on --resume extend every stage
-    from where it stands.
+    of cfg.steps steps from where it stands.
 
     Attributes: `net` the network; `ema` its moving average, to sample from; `done` steps; `folder`.
     """

@@ -74,7 +74,8 @@ class Config(common.Config):
     patch: Count = 1  # side of the patches of pixels that the U-Net sees as channels
     dropout: Fraction = 0.0  # of the U-Net (Table 3); one mask for both networks (iCT)
     teacher_dropout: Fraction = 0.0  # of the teacher
-    learned = (*common.Config.learned, "class_conditional", "sigma_data")
+    learned = (*common.Config.learned, "class_conditional", "sigma_data", "teacher_steps")
+    learned += ("teacher_lr", "teacher_dropout", "P_mean")
 
 
 # fmt: off

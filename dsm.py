@@ -349,7 +349,8 @@ def evaluate_vectors(cfg, run, data, sigmas):
     theta = [parameter.cpu().double() for parameter in net.theta(-1)]
     values, distance = equivalences(theta, examples[:3].cpu().double(), sigmas[-1])
     values = {name: value * cfg.scale**2 for name, value in values.items()}
-    run.report("equivalences of three examples", **values, gradients_differ_by=distance)
+    title = f"equivalences of {min(3, len(examples))} examples"
+    run.report(title, **values, gradients_differ_by=distance)
 
 
 @torch.no_grad()

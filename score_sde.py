@@ -248,7 +248,8 @@ def score_model(net, sde, kind="noise"):
 
 def draw_times(n, sde, levels=0, device=None):
     """t ~ U(eps, 1), (n,); or from i / N for N levels, where Eq. 7 becomes Eq. 1 or Eq. 3 as N
-    grows. (Below 1 / N such a network is not trained, yet samplers go to eps.)"""
+    grows. (Below 1 / N such a network is not trained, yet samplers go to eps; SMLD's own levels
+    start at sigma_min.)"""
     u = torch.rand(n, device=device)
     if levels:
         return (torch.floor(u * levels) + 1) / levels  # Eq. 1, Eq. 3
@@ -593,14 +594,14 @@ def independent_pixels(train, test):
 
 def compare(cfg, data, device):
     """On 2-D data, after Table 1: every SDE's samplers at equal numbers of evaluations, M corrector
-    steps after each predictor step, of models trained on all t; and App. D.5, for sub-VP: codes by
+    steps after each predictor step; and App. D.5, for sub-VP: codes by
     two networks, one of half the width (the paper: VE, half the depth)."""
     budgets = cfg.sampler_steps // 2, cfg.sampler_steps, 2 * cfg.sampler_steps
     test, table = data.test[:10_000], []
 
     def trained(name, width):
         out = common.free_folder(f"{cfg.out}/{name}-{width}")
-        here = dataclasses.replace(cfg, compare=False, levels=0, sde=name, width=width, out=out)
+        here = dataclasses.replace(cfg, compare=False, sde=name, width=width, out=out)
         run, sde = prepare(here, data, device)
         run.say(f"training with the {name} SDE, width {width}")
         train(here, run, data, sde)

@@ -575,6 +575,48 @@ def test_every_network_sees_the_class_of_its_example(tmp_path, monkeypatch, sing
     assert calls == [(name, n) for name, n in per_step.items() for _ in range(2)]
 
 
+def test_teacher_and_samplers_follow_the_settings(tmp_path, monkeypatch, single):
+    """The EDM's loss, rate and denoiser; k evaluations go through the first k - 1 time points."""
+    cfg = cm.Config(out=str(tmp_path), device="cpu", steps=1, teacher_steps=2, width=8, examples=4)
+    cfg = dataclasses.replace(cfg, sigma_data=0.7, P_mean=0.3, teacher_lr=0.25, warmup=0, nfe=3)
+    device = common.setup(cfg)
+    data = common.load_data(cfg, device)
+    told, rates, shown = [], [], []
+
+    def edm_loss(D, x, z, P_mean, P_std=1.2, sigma_data=0.5, inner=cm.edm_loss):
+        told.append((P_mean, sigma_data))
+        return inner(D, x, z, P_mean, P_std, sigma_data)
+
+    def step(run, loss, inner=common.Run.step):
+        rates.append((run.stage, run.cfg.lr))
+        return inner(run, loss)
+
+    def sample(f, x, times, inner=cm.sample):
+        shown.append(list(times))
+        return inner(f, x, times)
+
+    monkeypatch.setattr(cm, "edm_loss", edm_loss)
+    monkeypatch.setattr(common.Run, "step", step)
+    monkeypatch.setattr(cm, "sample", sample)
+    run = cm.prepare(cfg, device, data)
+    assert told == [(0.3, 0.7)] * 2
+    assert rates == [("teacher", 0.25)] * 2
+    D, x, t = run.net.functions(cfg, None)[2], torch.randn(4, 2), torch.full((4,), 0.01)
+    edm = cm.parameterised(lambda x, t: run.net(x, t, None, "teacher"), 0.7, eps=0.0)
+    assert_close(D(x, t), edm(x, t))
+    assert (D(x, t) - x).abs().max() > 1e-4  # with eps > 0 the boundary condition holds near it
+    cm.evaluate(cfg, run, data, [2.0, 1.0])
+    assert shown == [[], [2.0], [2.0, 1.0]]
+
+
+def test_settings_of_the_teacher_stay(call, refused, single):
+    code, _, err = call("consistency", *TINY, "--out", "run")
+    assert code == 0, err
+    for flags in ("--teacher-steps 9", "--teacher-lr 1", "--P-mean 1", "--teacher-dropout 0.5"):
+        arguments = ["--resume", "--out", "run", "--steps", "3", *flags.split()]
+        refused(f"learned with {flags.split()[0]} ", "consistency", *arguments)
+
+
 def test_energy_distance_and_its_error(single):
     x, y = torch.randn(4_000, 2), torch.randn(3_000, 2)
     value, error = cm.distance(x, y)

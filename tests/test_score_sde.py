@@ -195,7 +195,7 @@ def test_parametrisations(sde):
     assert_close(kind(x, t), exact)
 
 
-def test_levels_are_those_of_smld_and_ddpm():
+def test_levels_are_like_those_of_smld_and_ddpm():
     """Eq. 1: sigma_i geometric, up to sigma_max; Eq. 3: beta_i at t = i / N; Eq. 7: all times."""
     t = score_sde.draw_times(5_000, VE(0.01, 50.0), levels=4)
     sigma = VE(0.01, 50.0).kernel(t.unique())[1]
@@ -676,8 +676,25 @@ def test_training_is_dequantised_on_the_levels_and_with_the_weights_asked_for(
     assert offset.std().item() == pytest.approx(12**-0.5, rel=0.03)
 
 
-def test_images_by_class_and_in_colour(call, pictures, tmp_path):
+def test_images_by_class_and_in_colour(call, pictures, tmp_path, monkeypatch):
+    """And bits per dimension are of images dequantised anew each time; classes by `scaled`."""
     torch.set_default_dtype(torch.float32)
+    offsets, kinds = [], []
+
+    def log_prob(score, sde, x, *arguments, inner=score_sde.log_prob, **solver):
+        offsets.append((x + 1) * 128 % 1)
+        return inner(score, sde, x, *arguments, **solver)
+
+    def scaled(net, sde, inner=score_sde.scaled):
+        kinds.append(inner(net, sde))
+        return kinds[-1]
+
+    def class_score(score, classifier, y, inner=score_sde.class_score):
+        assert classifier is kinds[-1]
+        return inner(score, classifier, y)
+
+    for stand_in in (log_prob, scaled, class_score):
+        monkeypatch.setattr(score_sde, stand_in.__name__, stand_in)
     for name in ("cats", "dogs"):
         (tmp_path / "animals").mkdir(exist_ok=True)
         pictures(f"animals/{name}", n=12, size=8)
@@ -688,6 +705,10 @@ def test_images_by_class_and_in_colour(call, pictures, tmp_path):
         assert word in out
     lines = (tmp_path / "runs/score_sde-animals/metrics.jsonl").read_text().splitlines()
     assert json.loads(lines[-1])["examples"] == 3  # all of the held-out ones
+    assert len(offsets) == 2
+    assert not torch.equal(*offsets)
+    assert all(x.std().item() == pytest.approx(12**-0.5, rel=0.1) for x in offsets)  # uniform
+    assert kinds
 
 
 def test_sampling_heeds_its_flags(call, refused, monkeypatch):
@@ -720,8 +741,11 @@ def test_compare_prints_the_table(call, monkeypatch):
     monkeypatch.setattr(score_sde, "pc_sample", pc_sample)
     monkeypatch.setattr(score_sde, "follow", lambda score, sde, x, times, **_: (x, 7))
     monkeypatch.setattr(common, "energy_distance", lambda x, y: 0.0)
-    code, out, err = call("score_sde", *TINY, "--sampler-steps", "84", "--compare")
+    levels, inner = [], score_sde.draw_times
+    monkeypatch.setattr(score_sde, "draw_times", lambda *a: levels.append(a[2]) or inner(*a))
+    code, out, err = call("score_sde", *TINY, "--sampler-steps", "84", "--compare", "--levels", "5")
     assert code == 0, err
+    assert set(levels) == {5}
     assert "M      42      84     168" in out
     rows = [line.split()[:3] for line in out.splitlines()]
     rows = [row for row in rows if row and row[0] in ("ve", "vp", "subvp")]
