@@ -55,7 +55,7 @@ class Config(common.Config):
     binarization: Literal["stochastic", "fixed"] = "stochastic"  # anew at every visit; App. D
     nll_examples: Count = 100  # random test images whose likelihood is estimated
     nll_samples: Count = 5_000  # samples of h for each of them (Sec. 5.1)
-    table: Literal["1", "2"] | None = None  # train the models of the paper's table, and print it
+    table: Literal["1", "2"] | None = None  # train and print a table: its objectives, --ks
     ks: Sizes = (1, 5, 50)  # k of the rows of table 1; the last is table 2's
 
 

@@ -293,9 +293,11 @@ def load_pairs(cfg, device):
         if not any("," in name for name in inputs):
             cfg.inputs = ",".join(inputs)  # another table may have them in another order
         held_out = torch.arange(len(x)) % 10 == 0
-        mean, std = t[~held_out].mean(dim=0), t[~held_out].std(dim=0)
-        if not std.all():
-            raise UserError(f"{cfg.dataset}: {names[std.argmin()]!r} is the same in every case")
+        training = t[~held_out]
+        mean, std = training.mean(dim=0), training.std(dim=0)
+        if (same := (training == training[0]).all(dim=0)).any():  # where std may round to above 0
+            name = names[same.int().argmax()]
+            raise UserError(f"{cfg.dataset}: {name!r} is the same in every case")
     elif cfg.dataset == "robot":
         low, high = torch.tensor(RANGES, dtype=torch.float64).T
         t = low + (high - low) * uniform(11_000, 2)
@@ -354,9 +356,9 @@ class Network(nn.Module):
 
     def __init__(self, x, hidden, bias):
         super().__init__()
-        std = x.std(dim=0, correction=0)
+        std = x.std(dim=0, correction=0).where((x != x[0]).any(dim=0), 1.0)
         self.register_buffer("mean", x.mean(dim=0))
-        self.register_buffer("std", torch.where(std > 0, std, 1.0))
+        self.register_buffer("std", std)
         kind = {"dtype": torch.float64, "device": x.device}
         self.hidden = nn.Linear(x.shape[1], hidden, **kind)
         self.output = nn.Linear(hidden, len(bias), **kind)
@@ -618,6 +620,8 @@ def in_learned_units(pairs, cfg):
     """The pairs, their targets in the units of the table that cfg's checkpoint has learned."""
     path = cfg.sample or Path(cfg.out, "checkpoint.pt")
     state = common.load_checkpoint(path, cfg.script)["model"]
+    if "t_mean" not in state:
+        raise UserError(f"{path} is of a later stage: name the run's checkpoint.pt")
     mean, std = (state[name].to(pairs.mean) for name in ("t_mean", "t_std"))
     if torch.equal(mean, pairs.mean) and torch.equal(std, pairs.std):
         return pairs

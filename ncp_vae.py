@@ -113,7 +113,8 @@ class VAE(nn.Module):
         if k == 0:
             zero = context.new_zeros(*context.shape[:-1], self.latent)
             return Gaussian(zero, zero)
-        return Gaussian(*self.priors[k - 1](context).chunk(2, dim=-1))  # [hierarchical prior]
+        parameters = self.priors[k - 1](context).to(context.dtype)
+        return Gaussian(*parameters.chunk(2, dim=-1))  # [hierarchical prior]
 
     def encode(self, x, samples=1):
         """x (B, D) -> z (samples, B, K d) from q(z | x), and the pairs q(z_k | ..), p(z_k | ..)."""

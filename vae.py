@@ -437,8 +437,7 @@ def chain_starts(vae, x, n=50):
     z, picks = torch.randn(1_000, 1, vae.latent, device=x.device), []
     with torch.no_grad():
         for part in x.split(20):
-            log_p = vae.log_joint(part, z.expand(-1, len(part), -1))
-            log_p = log_p - common.standard_normal_log_prob(z[:, 0])[:, None]  # log p(x | z)
+            log_p = vae.decode(z).log_prob(part)  # log p(x | z), (1000, B)
             picks.append(log_p.T.softmax(dim=1).multinomial(n, replacement=True))  # (B, n)
     return z[torch.cat(picks).T, 0]
 
@@ -533,7 +532,7 @@ def manifold(vae, images, side=18):
 
 
 @torch.no_grad()
-def picture(runs, images, n=12):
+def picture(runs, images, has_encoder=True, n=12):
     """Reconstructions, samples (Fig. 5), interpolations of the first run; a manifold (Fig. 4)."""
     rows = [manifold(run.ema, images) for run in runs if run.ema.latent == 2]
     vae = runs[0].ema
@@ -548,6 +547,8 @@ def picture(runs, images, n=12):
         "samples": means(vae, torch.randn(n * n, vae.latent, device=x.device)),
         "from one test image to another": means(vae, between.flatten(0, 1)),
     }
+    if not has_encoder:
+        rows, panels = [row[:1] for row in rows], {"samples": panels["samples"]}
     rows.append([(t, common.image_grid(as_images(images, x), n)) for t, x in panels.items()])
     common.save_panels(runs[0].folder / "samples.png", *rows)
 
@@ -576,6 +577,8 @@ def main(cfg):
             raise UserError("--compare trains anew, in one process, and writes no samples")
         if not cfg.nll_examples:
             raise UserError("--compare is about likelihoods: --nll-examples must be at least 1")
+        if cfg.method != "aevb" or cfg.manifold:
+            raise UserError("--compare trains by every method: leave out --method and --manifold")
         compare(cfg)
         return
     if cfg.resume and cfg.method == "mcem":
@@ -591,7 +594,7 @@ def main(cfg):
         return
     for run in runs:
         evaluate(cfg, run, images)
-    picture(runs, images)
+    picture(runs, images, cfg.method != "mcem")
     if cfg.num_samples:
         vae, device = runs[0].ema, runs[0].device
 

@@ -421,6 +421,7 @@ def test_a_checkpoint_keeps_its_columns_and_units(call, refused, table):
     for flag in (["--inputs", "v"], ["--targets", "b"], ["--sigma-min", "0.5"]):
         refused("learned with", "mdn", *sample, *flag)
     refused("leave out --amp", "mdn", *flags[:-1], "y", "--amp", "on")
+    refused("is of a later stage", "mdn", "--sample", "x/checkpoint-least-squares.pt")
     rows = [line.split(",") for line in table.read_text().splitlines()]
     swapped = table.with_name("swapped.csv")
     swapped.write_text("\n".join(",".join([b, v, a, u]) for u, v, a, b in rows))
@@ -463,7 +464,7 @@ def test_bad_input(refused, tmp_path, table):
         "text.csv": good.replace(lines[7], "1,2,three,4"),
         "long.csv": good.replace(lines[7], "1,2,3,4,5"),
         "nan.csv": good.replace(lines[7], "1,2,nan,4"),
-        "constant.csv": "u,a\n" + "\n".join(f"{i},1" for i in range(30)),
+        "constant.csv": "u,a\n" + "\n".join(f"{i},0.1" for i in range(60)),
     }
     for name, text in files.items():
         (tmp_path / name).write_text(text)

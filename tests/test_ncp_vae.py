@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+import common
 import ncp_vae
 from ncp_vae import VAE, Gaussian, Ratio
 
@@ -100,6 +101,9 @@ def test_a_small_network_learns_a_ratio_in_two_dimensions():
 def test_context_comes_from_the_posterior_on_both_sides():
     """A classifier that looks at z_<k alone must not tell the two sides apart."""
     vae = VAE(6, 8, latent=1, groups=2)
+    with torch.no_grad():
+        for posterior in vae.posteriors:
+            posterior[-1].bias[0] += 20  # q far from p
     seen = []
 
     def log_r(z):
@@ -111,8 +115,13 @@ def test_context_comes_from_the_posterior_on_both_sides():
     assert first_q.shape == first_p.shape == (1, 50, 1)
     assert_close(second_q[..., :1], first_q)
     assert_close(second_p[..., :1], first_q)
-    assert (first_p != first_q).all()
-    assert (second_p[..., 1] != second_q[..., 1]).all()
+    sides = (first_p, first_q, first_q[..., :0]), (second_p, second_q, first_q)
+    for z_p, z_q, context in sides:
+        p = vae.prior(context)
+        of_p, of_q = ((z[..., -1:] - p.mean) / p.log_sigma.exp() for z in (z_p, z_q))
+        assert abs(of_p.mean()) < 0.7  # five standard errors of 50 draws
+        assert of_p.std().item() == pytest.approx(1, abs=0.5)  # likewise
+        assert of_q.min() > 5
     assert losses[1] > math.log(2)  # log 2 is the least for sides alike
 
 
@@ -433,6 +442,28 @@ def test_temperature_scales_what_langevin_leaves():
 
 def records(folder):
     return [json.loads(line) for line in Path(folder, "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_short_training_learns(tmp_path):
+    """Two patterns of 64 pixels: the bound rises to what two classes and their z cost."""
+    torch.set_default_dtype(torch.float32)
+    pattern = torch.rand(2, 1, 8, 8) > 0.5
+    y = torch.arange(200) % 2
+    x = 255 * pattern[y].to(torch.uint8)
+    data = common.Data("patterns", x, y, x, y)
+    small = {"hidden": 32, "width": 16, "latent": 2, "batch_size": 50, "lr": 1e-2, "device": "cpu"}
+    cfg = ncp_vae.Config(dataset="glyphs", out=str(tmp_path), steps=0, judge_steps=1, **small)
+    levels = ncp_vae.binary(common.to_float(x))
+    bounds, losses = [], []
+    for steps in (0, 150):
+        cfg.steps, cfg.out = steps, str(tmp_path / str(steps))
+        first, second, _ = ncp_vae.train(cfg, torch.device("cpu"), data)
+        with torch.no_grad():
+            bounds.append(first.ema(levels).mean().item())
+            losses.append(sum(ncp_vae.ncp_losses(first.ema, second.ema, levels)).item())
+    assert bounds[0] < -40  # 64 fair coins: -44
+    assert bounds[1] > -5  # at best -log 2
+    assert losses[1] < losses[0] - 0.1  # 2 log 2 at first: q(z) is two clusters, p(z) one
 
 
 def test_two_stages_groups_and_langevin_samples(call, pictures):
