@@ -126,8 +126,9 @@ def parse(config_class, presets, argv=None):
     name = explicit.get("dataset", config_class.dataset)
     preset = presets.get(name, presets.get("folder", {}) if Path(name).is_dir() else {})
     cfg = config_class(**preset | explicit)
-    if cfg.sample == "":
-        raise UserError("--sample is empty: name a checkpoint")
+    for flag in ("dataset", "sample"):
+        if getattr(cfg, flag) == "":
+            raise UserError(f"--{flag} is empty: leave it out, or give it a value")
     if cfg.resume and cfg.sample:
         raise UserError("--resume goes on training and --sample does not train: choose one of them")
     if cfg.resume:
@@ -146,7 +147,7 @@ def parse(config_class, presets, argv=None):
                 raise UserError(f"{path} learned with {flag} {value}: leave {flag} as it was")
         cfg = dataclasses.replace(learned, **explicit)
     if cfg.resume:
-        if Path(cfg.dataset) != Path(saved["dataset"]):
+        if Path(cfg.dataset).resolve().name != Path(saved["dataset"]).resolve().name:
             raise UserError(f"{path} was trained on {saved['dataset']}: name that run by --out")
         for key in [k for k in explicit if k in saved and k not in ("steps", "out", "resume")]:
             if explicit[key] != saved[key]:
@@ -172,13 +173,13 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _add_flag(parser, field, kind, text, shown):
-    """A field's flag: --x VALUE; --no-x too for a bool, and for an optional one with a default. The
-    help shows the value `shown`."""
+    """A field's flag: --x VALUE; --no-x too for a bool, for an optional one with a default, and
+    for optional sizes, which a preset may set. The help shows the value `shown`."""
     flag, default = field.name.replace("_", "-"), field.default
     options = {"dest": field.name, "default": argparse.SUPPRESS}
     if typing.get_origin(kind) in (types.UnionType, typing.Union):
         kind = kind.__args__[0]
-        if default is not None:
+        if default is not None or kind == Sizes:
             off = {"action": "store_const", "const": None, "help": f"without {flag}"}
             parser.add_argument(f"--no-{flag}", **options, **off)
     if shown is not None:
@@ -1107,7 +1108,7 @@ def setup(cfg):
     try:
         device = torch.device(name)
         torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError):
+    except (RuntimeError, AssertionError, ImportError):
         raise UserError(f"--device {name} is not to be had here: use auto or cpu") from None
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)
@@ -1436,8 +1437,8 @@ class Run:
             return False
         if stage != self.stage:
             return bool(self.cfg.resume or self.stage)
-        going_on = self.cfg.resume and self.done < self.cfg.steps
-        return step < self.done + ("split" not in record or going_on)
+        going_on = self.done < self.cfg.steps
+        return self.cfg.resume and step < self.done + ("split" not in record or going_on)
 
     def write_samples(self, draw):
         """cfg.num_samples of draw(n), x or (x, y), to samples.npz, in batches. arr_0: images uint8

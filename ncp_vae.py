@@ -414,8 +414,10 @@ def evaluate(cfg, first, second, judge, data):
 def picture(cfg, run, vae, log_r, shape, z_q, latents, frechet):
     """Above, the densities of q(z), p(z) and p_NCP(z), two latents; below, samples."""
     size, bound, cells = 466, 3.5, 233
-    above = [("aggregate posterior q(z)", common.density_image(z_q[:, :2], bound, 116, size))]
-    if vae.groups == 1 and vae.latent == 2:
+    plane = vae.groups == 1 and vae.latent == 2
+    z_q, bins = (z_q, 116) if plane else (z_q[: len(latents["prior"])], 40)  # like its neighbours
+    above = [("aggregate posterior q(z)", common.density_image(z_q[:, :2], bound, bins, size))]
+    if plane:
         axis = torch.linspace(-bound, bound, cells, device=run.device)
         z = torch.cartesian_prod(axis, axis)
         log_p = vae.prior(z[:, :0]).log_prob(z)
@@ -424,7 +426,7 @@ def picture(cfg, run, vae, log_r, shape, z_q, latents, frechet):
             above.append((name, common.heat_image(heat, size)))
     else:
         for name in ("prior", "sir"):
-            density = common.density_image(latents[name][:, :2], bound, 40, size)
+            density = common.density_image(latents[name][:, :2], bound, bins, size)
             above.append((f"{SAMPLERS[name]}, two of the latents", density))
     below = []
     for name, title in SAMPLERS.items():

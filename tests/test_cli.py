@@ -299,7 +299,8 @@ def test_bad_resume(refused, trained, run):
     arguments = ["--resume", "--out", "kept"]
     refused("trained on checkerboard", "flow_matching", *arguments, "--dataset", "moons")
     refused("has done 2 already", "flow_matching", *arguments, "--steps", "1")
-    refused("--sample is empty", "flow_matching", "--sample", "")
+    for flag in ("--sample", "--dataset"):
+        refused(f"{flag} is empty", "flow_matching", flag, "")
     Path("kept/metrics.jsonl").write_text('[1]\n{"a": 1}\n{"step": 1, "loss": 2.0}\n{"ste')
     refused("learned with --path ot", "flow_matching", *arguments, "--path", "vp")
     code, _, err = run(*arguments, "--steps", "3", "--lr", "0.01")

@@ -955,6 +955,7 @@ def test_samples_go_on_where_they_were_interrupted(tmp_path):
     assert drawn == [16, 16, 5]
     assert whole.shape == (37, 4, 4, 1)
     assert whole.dtype == np.uint8
+    assert len(np.unique(whole, axis=0)) == 37  # no batch is another's
     drawn.clear()
     with pytest.raises(KeyboardInterrupt):
         run.write_samples(functools.partial(draw, most=2))
@@ -1142,6 +1143,8 @@ def test_what_resuming_and_sampling_remember(tmp_path):
     assert parse(resume).num_samples == 5
     assert parse(["--sample", str(run.file)]).num_samples == 0
     assert parse([*resume, "--dataset", str(folder)]).dataset == str(folder)  # without the slash
+    moved = folder.rename((tmp_path / "elsewhere").mkdir() or tmp_path / "elsewhere/pictures")
+    assert parse([*resume, "--dataset", str(moved)]).dataset == str(moved)
     with pytest.raises(UserError, match="name that run by --out"):
         parse([*resume, "--dataset", "moons"])
 
@@ -1158,6 +1161,11 @@ def test_figures_are_not_doubled(tmp_path):
     for _ in range(2):
         common.Run(cfg, Line(), torch.device("cpu")).report("test", figure=1.0)
     assert len((tmp_path / "samples/metrics.jsonl").read_text().splitlines()) == 1
+    for x, _ in run.batches(line_data()):
+        run.step(line_loss(run, x))  # to its end
+    common.Run(cfg, Line(), torch.device("cpu")).report("test", figure=2.0)  # of a later checkpoint
+    lines = (tmp_path / "samples/metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["figure"] for line in lines] == [2.0]
 
 
 def test_processes_of_neighbouring_seeds_have_streams_of_their_own(tmp_path, monkeypatch):

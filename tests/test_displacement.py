@@ -1,6 +1,7 @@
 """McCann 1997: interpolants, energies, ground states and assignments against closed forms."""
 
 import itertools
+import json
 import math
 import time
 from pathlib import Path
@@ -792,6 +793,11 @@ def test_train_resume_sample(call, refused):
     code, out, err = call("displacement", *flags, "--time", "0.25")
     assert code == 0, err
     assert f"see {folder}/samples.png" in out
+    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    figures = {line["split"]: line for line in lines if "split" in line}
+    assert figures["U, least d2/dt2"]["displacement"] > -1e-6  # convex along the interpolation
+    assert figures["G, least d2/dt2"]["mixture"] < 0 < figures["G, least d2/dt2"]["displacement"]
+    assert figures["clouds"]["unpaired"] > 1.05 * figures["clouds"]["W2"] > 0
     files = {"config.json", "metrics.jsonl", "checkpoint.pt", "samples.png", "samples.npz"}
     assert files <= {path.name for path in folder.iterdir()}
     samples = np.load(folder / "samples.npz")["arr_0"]

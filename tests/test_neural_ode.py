@@ -598,6 +598,83 @@ def test_time_series_train_resume_and_sample(single, call, refused, experiment):
     refused(r"learned with --observations \(3, 5\)", "neural_ode", *other)
 
 
+def reporting(figures, **attributes):
+    """What stands for a run: its averaged network has the attributes; its figures are appended."""
+    ema = types.SimpleNamespace(**attributes)
+    run = types.SimpleNamespace(ema=ema, folder=Path("."), device="cpu", say=lambda _: None)
+    run.report = lambda split, **them: figures.append(them)
+    return run
+
+
+def test_rmse_is_of_the_times_it_names(single, monkeypatch):
+    """A prediction off by 1, 2 and 3 in x and y before, in and after the window."""
+    figures, made = [], []
+
+    class Known(no.Spirals):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            made.append(self)
+
+    def predict(first, x, index):
+        off = torch.tensor([1.0, 2.0, 3.0]).repeat_interleave(100)[first:, None]
+        return made[-1].curve[:, first:] + off
+
+    monkeypatch.setattr(no, "Spirals", Known)
+    monkeypatch.setattr(common, "save_panels", lambda *_: None)
+    runs = {
+        (5, name): reporting(figures, predict=functools.partial(predict, first))
+        for name, first in (("latent", 0), ("rnn", 200))
+    }
+    no.evaluate_latent(types.SimpleNamespace(observations=(5,)), runs, "cpu")
+    latent, rnn = figures
+    found = latent["rmse_before"], latent["rmse_in_window"], latent["rmse"]
+    assert found == pytest.approx((1, 2, 3))
+    assert rnn["rmse"] == pytest.approx(3)
+    assert "rmse_before" not in rnn
+
+
+def test_the_true_rate_of_events_has_no_gap(monkeypatch):
+    """z(t) = t, so that a network's rate can be the true one."""
+    figures = []
+    net = no.EventProcess(1)
+    with torch.no_grad():
+        for p in (net.z_0, *net.f.parameters()):
+            p.zero_()
+        net.f[-1].bias.fill_(1.0)
+    monkeypatch.setattr(net, "rate", lambda z: no.true_rate(z[..., 0]))
+    monkeypatch.setattr(common, "save_panels", lambda *_: None)
+    run = reporting(figures)
+    run.ema = net
+    no.evaluate_poisson(run, no.Events(50, 1, "cpu"))
+    assert figures[0]["gap"] == pytest.approx(0, abs=1e-3)  # the trapezoids' error is less
+    assert abs(figures[0]["log_likelihood"]) > 1
+
+
+def test_the_likelihood_of_a_flow_is_by_the_exact_trace(single, monkeypatch):
+    monkeypatch.setattr(common, "save_panels", lambda *_: None)
+    run, flow = reporting([]), no.CNF(no.FreeField(2, 8), trace="rademacher")
+    run.ema = flow
+    x = torch.randn(50, 2)
+    data = common.Data("points", x, torch.zeros(50), x, torch.zeros(50))
+    no.evaluate_cnf(run, data, None)
+    assert flow.trace == "exact"
+
+
+def test_errors_are_the_digits_misread(single, monkeypatch):
+    """Of ten images of class 0 to 9, three have the wrong label."""
+    figures = []
+    x, y = torch.zeros(10, 1, 9, 9, dtype=torch.uint8), torch.arange(10)
+    data = common.Data("digits", x, y, x, torch.where(y < 3, y + 1, y))
+    run = reporting(figures)
+    run.ema, run.net = lambda x: 5 * torch.eye(10)[: len(x)], torch.nn.Linear(2, 3)
+    run.net.solve = no.ode_solve
+    monkeypatch.setattr(no, "one_pass", lambda *_: (torch.zeros(2), 4, 5))
+    monkeypatch.setattr(common, "save_panels", lambda *_: None)
+    no.evaluate_classify([run, run], data)
+    assert [row["test_error_percent"] for row in figures] == [30, 30]
+    assert figures[0]["parameters"] == 9
+
+
 @pytest.mark.parametrize(
     "flags", ["--dataset u1", "--field free --trace rademacher --dataset moons"]
 )

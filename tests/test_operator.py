@@ -261,16 +261,19 @@ def gradient_of_one_of_two(index, out, port):
     torch.set_num_threads(1)
     cfg = flow_matching.Config(out=out, batch_size=8)
     device = common.setup(cfg)
-    streams = torch.randn(3)
+    streams, x, y = torch.randn(3), torch.randn(64, 2), torch.zeros(64)
+    data = common.Data("line", x, y, x, y)
     torch.manual_seed(5 + index)  # DistributedDataParallel must make the weights equal itself
     run = common.Run(cfg, common.MLP(2, width=16), device)
     x, t, target = joint_batch()
     half = slice(4 * index, 4 * index + 4)
     (run.model(x[half], t[half]) - target[half]).square().mean().backward()
     grads = [p.grad for p in run.net.parameters()]
-    torch.save(
-        {"grads": grads, "state": run.net.state_dict(), "streams": streams}, f"{out}/{index}.pt"
-    )
+    batch = len(next(iter(run.batches(data)))[0])
+    torch.manual_seed(0)
+    common.Run(cfg, common.MLP(2, width=16), device, stage="later")
+    saved = {"grads": grads, "state": run.net.state_dict(), "batch": torch.tensor(batch)}
+    torch.save(saved | {"streams": streams, "later": torch.randn(3)}, f"{out}/{index}.pt")
     run.finish()
 
 
@@ -296,4 +299,6 @@ def test_two_processes_give_the_gradient_of_one(tmp_path):
     for p, a, b in zip(net.parameters(), first["grads"], second["grads"], strict=True):
         assert torch.equal(a, b)
         assert_close(a, p.grad, rtol=1e-5, atol=1e-7)
-    assert not torch.equal(first["streams"], second["streams"])  # each its own noise
+    for streams in ("streams", "later"):  # each its own noise, in later stages too
+        assert not torch.equal(first[streams], second[streams])
+    assert first["batch"] == second["batch"] == 4  # of 8 over both
