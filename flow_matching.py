@@ -70,6 +70,7 @@ class Config(common.Config):
     dropout: common.Fraction = 0.0  # of the U-Net
 
     learned = (*common.Config.learned, "class_conditional", "path", "objective", "sigma_min")
+    learned += ("upsample",)
 
 
 SMALL_IMAGES = common.SMALL_UNET | {  # minutes on two cores

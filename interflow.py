@@ -567,8 +567,10 @@ def source_names(cfg):
         raise UserError(f"--source {cfg.source} names a density twice")
     if cfg.learn and not cfg.time_alpha == cfg.time_beta == 1:
         raise UserError("--learn takes every time alike: give --time-alpha 1 --time-beta 1")
-    if cfg.bound and (cfg.source or cfg.dataset != Config.dataset or cfg.num_samples):
-        raise UserError("--bound has two Gaussians: leave out --source, --dataset, --num-samples")
+    of_flows = ("source", "dataset", "width", "blocks", "num_samples") if cfg.bound else ()
+    if unused := [name for name in of_flows if getattr(cfg, name) != getattr(Config, name)]:
+        flag = unused[0].replace("_", "-")
+        raise UserError(f"--bound has two Gaussians and a small network: leave out --{flag}")
     return names
 
 

@@ -489,8 +489,10 @@ def image_picture(path, rounds, show_source, columns=8):
     for r in rounds:
         rows = ({"x_0": r.paths[0]} if show_source else {}) | r.ends
         height = height or len(rows)  # that of the first panel, filled up from further x_0
-        x = torch.stack(list(rows.values())).unflatten(1, (-1, columns)).transpose(0, 1)
-        x = x.flatten(0, 2)[: height * columns]
+        columns = min(columns, len(r.paths[0]))
+        whole = len(r.paths[0]) // columns * columns
+        x = torch.stack([x[:whole] for x in rows.values()])
+        x = x.unflatten(1, (-1, columns)).transpose(0, 1).flatten(0, 2)[: height * columns]
         grid = common.image_grid(x, columns, scale=max(1, 480 // (columns * x.shape[-1])))
         panels.append((f"{r.name}: {', '.join(rows)}", grid))
     common.save_panels(path, panels)
@@ -551,7 +553,9 @@ def main(cfg):
             raise UserError(f"{file} is of {flags}: keep both, or add --distill 0, or remove it")
     data, couple, held_out = load(cfg, device)
     rng = random_stream(cfg, device, "evaluation")
-    x_0, x_1 = (pi.draw(HELD_OUT["images" if data.is_image else "vectors"], rng) for pi in held_out)
+    n = HELD_OUT["images" if data.is_image else "vectors"]
+    few = [len(pi.x) for pi in held_out if isinstance(pi, Examples)]  # and none is drawn twice
+    x_0, x_1 = (pi.draw(max(2, min(n, *few)), rng) for pi in held_out)
     rounds = [Round("coupling", torch.stack([x_0, x_1]), {"data": x_1}, costs(x_0, x_1))]
     for run in rectify(cfg, common.network(cfg, data), *couple, device):
         if common.rank():

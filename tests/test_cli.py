@@ -285,7 +285,8 @@ def test_bad_checkpoints(refused, trained):
     for name, pattern in cases.items():
         refused(pattern, "flow_matching", "--sample", name)
     refused("does not fit", "flow_matching", "--sample", trained, "--width", "16")
-    refused("learned with --path ot", "flow_matching", "--sample", trained, "--path", "vp")
+    for flag, learned, other in (("--path", "ot", "vp"), ("--upsample", "1", "2")):
+        refused(f"learned with {flag} {learned}", "flow_matching", "--sample", trained, flag, other)
     other_network = ["--resume", "--out", "kept", "--blocks", "3", "--steps", "9"]
     refused("does not fit", "flow_matching", *other_network)
     refused("holds a checkpoint: add --resume", "flow_matching", *FM, "--out", "kept")

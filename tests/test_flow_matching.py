@@ -715,3 +715,22 @@ def test_a_short_training_learns_the_checkerboard(tmp_path):
     fm.train(cfg, run, data, path)
     assert before > 3.0  # near the prior's own: log 2 pi + 4/3 = 3.17
     assert nll() < 2.5  # the entropy is log 8 = 2.08; standard error 0.02
+
+
+def test_nll_of_vectors_with_classes_counts_the_class(tmp_path):
+    torch.set_default_dtype(torch.float32)
+    y = torch.arange(400) % 4
+    data = common.Data("four", torch.randn(400, 2), y, torch.randn(400, 2), y)
+    cfg = fm.Config(
+        out=str(tmp_path), steps=0, width=8, device="cpu", class_conditional=True, tol=1e-3
+    )
+    said = {}
+    run = types.SimpleNamespace(
+        ema=lambda x, t, y: 0 * x,
+        device=torch.device("cpu"),
+        folder=tmp_path,
+        report=lambda split, **f: said.setdefault(split, f),
+    )
+    fm.evaluate_vectors(cfg, run, data, fm.OT())
+    exact = -common.standard_normal_log_prob(data.test).mean().item() + math.log(4)
+    assert said["test"]["nll"] == pytest.approx(exact, abs=1e-3)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import types
 from pathlib import Path
 
 import numpy as np
@@ -854,8 +855,8 @@ BAD_FLAGS = [
     ("--source normal,normal", "names a density twice"),
     ("--interpolant cubic", "invalid choice: 'cubic'"),
     ("--learn --time-beta 0.75", "give --time-alpha 1 --time-beta 1"),
-    ("--bound --dataset moons", "leave out --source, --dataset"),
-    ("--bound --source moons", "leave out --source, --dataset"),
+    ("--bound --source normal --dataset moons", "leave out --source"),
+    ("--bound --width 8", "leave out --width"),
     ("--time-alpha 0", "a number above 0"),
     ("--terms 0", "at least 1"),
     ("--base-batch 0", "at least 1"),
@@ -870,3 +871,74 @@ BAD_FLAGS = [
 @pytest.mark.parametrize(("arguments", "pattern"), BAD_FLAGS)
 def test_bad_flags(refused, arguments, pattern):
     refused(pattern, "interflow", *arguments.split(), "--steps", "2")
+
+
+def test_table_nll_is_in_the_units_of_the_table(tmp_path, monkeypatch):
+    torch.set_default_dtype(torch.float32)
+    rows = torch.randn(100, 3, generator=torch.Generator().manual_seed(0)) * torch.tensor(
+        [1, 10, 100]
+    )
+    np.save(tmp_path / "t.npy", rows.numpy())
+    table, said = it.load_table(str(tmp_path / "t.npy")), {}
+    run = types.SimpleNamespace(ema=lambda x, t: 0 * x, report=lambda split, **f: said.update(f))
+    cfg = it.Config(tol=1e-3)
+    it.report_likelihood(cfg, run, "test", table, table.test, common.standard_normal_log_prob)
+    x = table.test.double() * table.std + table.mean
+    exact = torch.distributions.Normal(table.mean, table.std).log_prob(x).sum(1)
+    assert said["nll"] == pytest.approx(-exact.mean().item(), abs=1e-3)
+
+
+def test_training_draws_times_and_dequantises_both_ends(tmp_path, monkeypatch):
+    torch.set_default_dtype(torch.float32)
+    levels, y = torch.full((4, 1, 4, 4), 7, dtype=torch.uint8), torch.zeros(4).long()
+    source, target = (common.Data(n, levels, y, levels, y) for n in "ab")
+    cfg = it.Config(
+        out=str(tmp_path),
+        steps=1,
+        width=8,
+        mult=(1,),
+        blocks=1,
+        attention=None,
+        batch_size=600,
+        time_alpha=4.0,
+        time_beta=1.0,
+        device="cpu",
+    )
+    net = it.InterFlow(common.network(cfg, target), it.make_interpolant(cfg))
+    seen, G = [], it.G
+    monkeypatch.setattr(it, "G", lambda *a: seen.append(a) or G(*a))
+    it.train(cfg, common.Run(cfg, net, torch.device("cpu")), source, target)
+    _, _, x_0, x_1, t = seen[0]
+    assert t.mean().item() == pytest.approx(0.8, abs=0.04)  # alpha / (alpha + beta); 5 s.e.
+    for x in (x_0, x_1):
+        assert ((x + 1) * 128 % 1).std().item() == pytest.approx(12**-0.5, rel=0.02)
+
+
+def test_end_errors_of_unlike_ends():
+    """Ends of unlike variance, and slopes that are not 1: what is subtracted belongs to its end."""
+    torch.set_default_dtype(torch.float32)
+    torch.manual_seed(0)
+    x_0, x_1 = 3 * torch.randn(256, 784), torch.randn(256, 784)
+    path = it.Interpolant(it.trigonometric)
+
+    ends = it.diagnose(lambda x, t: 0 * x, path, x_0, x_1)  # exact at both ends, but nowhere else
+    # noise to subtract: (pi/2)² (1, 9) 784 / 256 = 7.6, 68; their standard errors 0.4, 3.4
+    assert ends["error_at_0"] < 1.3
+    assert ends["error_at_1"] < 3.8
+
+
+def test_likelihood_of_images_is_of_the_dequantised(tmp_path, monkeypatch):
+    torch.set_default_dtype(torch.float32)
+    levels, y = torch.full((600, 1, 4, 4), 7, dtype=torch.uint8), torch.zeros(600).long()
+    cfg, seen = it.Config(nll_examples=600, solver="euler", nfe=1), []
+    monkeypatch.setattr(it, "report_likelihood", lambda *a: seen.append(a[4]))
+    run = types.SimpleNamespace(
+        ema=it.InterFlow(torch.nn.Identity(), it.make_interpolant(cfg)),
+        device="cpu",
+        folder=tmp_path,
+        report=lambda *a, **k: None,
+    )
+    run.ema.forward = lambda x, t: 0 * x
+    data = common.Data("grey", levels, y, levels, y)
+    it.evaluate_images(cfg, run, it.Gaussian("normal", torch.zeros(1, 4, 4)), data)
+    assert ((seen[0] + 1) * 128 % 1).std().item() == pytest.approx(12**-0.5, rel=0.05)

@@ -1,5 +1,6 @@
 """Liu et al. 2022: interpolations, fields, losses, measures and reflow against closed forms."""
 
+import copy
 import dataclasses
 import json
 import math
@@ -715,3 +716,75 @@ def test_bad_input(refused, few, arguments, pattern):
 def test_shapes_must_agree(refused, pictures):
     said = r"shape \(3, 32, 32\), eight_gaussians \(2,\): take data sets alike"
     refused(said, "rectified_flow", *TINY, "--source", pictures())
+
+
+# ---- What a stage is made of ---------------------------------------------------------------------
+
+
+def small_flow(tmp_path, **more):
+    small = {"steps": 3, "later": 1.0, "batch_size": 512, "width": 8, "pairs": 600, "nfe": 2}
+    return rf.Config(out=str(tmp_path), device="cpu", **small | more)
+
+
+def stages_of(cfg):
+    data = common.load_data(cfg)
+    ends = rf.Noise((2,), "cpu"), rf.Examples(data.train)
+    return rf.rectify(cfg, common.network(cfg, data), *ends, torch.device("cpu"))
+
+
+def test_a_stage_starts_from_the_average_before(tmp_path, monkeypatch):
+    torch.set_default_dtype(torch.float32)
+    starts, init = [], common.Run.__init__
+
+    def started(run, cfg, net, *rest):
+        starts.append(copy.deepcopy(net.state_dict()))
+        init(run, cfg, net, *rest)
+
+    monkeypatch.setattr(common.Run, "__init__", started)
+    averages = []
+    for run in stages_of(small_flow(tmp_path, distill=2, ema=0.9, lr=0.1)):
+        averages.append(copy.deepcopy(run.ema.state_dict()))
+        assert not torch.equal(next(run.net.parameters()), next(run.ema.parameters()))
+    assert len(starts) == 3
+    for start, before in zip(starts[1:], averages, strict=False):
+        assert all(torch.equal(start[name], value) for name, value in before.items())
+
+
+def test_times_end_where_the_interpolation_does(tmp_path, monkeypatch):
+    """And only the distillation has its own loss, of k steps."""
+    torch.set_default_dtype(torch.float32)
+    times, steps = [], []
+
+    def watch(name, kept):
+        inner = getattr(rf, name)
+        monkeypatch.setattr(rf, name, lambda *a: kept.append(a[3]) or inner(*a))
+
+    watch("rectified_flow_loss", times)
+    watch("distillation_loss", steps)
+    monkeypatch.setattr(rf.VP, "t_max", 0.5)
+    list(stages_of(small_flow(tmp_path, interpolation="vp", distill=2)))
+    for t in torch.cat(times).chunk(2):  # two rounds of three steps of 512
+        assert len(t) == 3 * 512
+        assert 0.49 < t.max() <= 0.5
+    assert steps == [2] * 3
+
+
+def test_classes_and_smoothing_are_of_their_ends():
+    torch.set_default_dtype(torch.float32)
+    cfg = rf.Config(classes=(0, 4), smoothing=0.1, device="cpu")
+    _, *couples = rf.load(cfg, torch.device("cpu"))
+    for pi_0, pi_1 in couples:  # modes 0 and 4 lie at (2, 0) and (-2, 0)
+        assert pi_0.x[:, 0].min() > 0 > pi_1.x[:, 0].max()
+        assert (pi_0.smoothing, pi_1.smoothing) == (0.1, None)
+
+
+def test_V_of_a_later_round_is_of_its_own_coupling(tmp_path):
+    """v = 0 from a coupling that stays where it is: V is E|z_1 - x_0|², not E|x_1 - x_0|²."""
+    torch.set_default_dtype(torch.float32)
+    cfg = small_flow(tmp_path)
+    run = types.SimpleNamespace(
+        cfg=cfg, stage="reflow-2", amp=False, device=torch.device("cpu"), ema=lambda x, t: 0 * x
+    )
+    x_0, x_1 = torch.randn(2, 40, 2)
+    figures = rf.measure(run, x_0, x_1, x_0 + 3).figures
+    assert figures["V"] == pytest.approx(18, rel=1e-5)
