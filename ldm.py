@@ -75,7 +75,7 @@ class Config(common.Config):
     loss: Literal["l2", "l1"] = "l2"  # of stage two; official code: l1 for some data sets
     sampler: Literal["ddim", "ancestral"] = "ddim"  # of the reverse process
     sampling_steps: Count = 25  # S
-    eta: Share = 0.0  # noise of DDIM; 1 is ancestral sampling, and the paper's figures
+    eta: Share = 0.0  # noise of DDIM; 1 is ancestral sampling; the paper has both
     width: Count = 32  # base channels of the U-Net
     blocks: Count = 1  # its residual blocks per level
     mult: Sizes = (1,)  # its channel multiples
@@ -84,7 +84,7 @@ class Config(common.Config):
     depth: Count = 1  # blocks of a spatial transformer
     context: Count = 64  # width of tau(y); Table 13, App. E.2.1: 512
     examples: Count = 200  # test images and samples that are measured
-    learned = (*common.Config.learned, "T", "beta_1", "beta_T")
+    learned = (*common.Config.learned, "T", "beta_1", "beta_T", "first_stage")
 
 
 # fmt: off
@@ -560,8 +560,8 @@ def train_classifier(cfg, data, device, stage):
 
 def stage_one(cfg, net, data, device):
     """Weights of the autoencoder `net` after its training."""
-    classes = train_classifier(cfg, data, device, "features")
-    distance = functools.partial(perceptual_distance, functools.partial(features, classes))
+    sees = functools.partial(features, train_classifier(cfg, data, device, "features"))
+    distance = functools.partial(perceptual_distance, sees)
     adam = functools.partial(torch.optim.Adam, betas=(0.5, 0.9), fused=True)  # official code
     here = dataclasses.replace(cfg, compile=cfg.compile and not cfg.adversarial)  # it cannot be
     run = common.Run(here, net, device, "autoencoder", adam)
@@ -587,6 +587,11 @@ def prepare(cfg):
             if getattr(cfg, name) != (value := other["config"][name]):
                 print(f"from here on {name} = {value}, as in {cfg.first_stage}", flush=True)
                 setattr(cfg, name, value)
+    process = Process(cfg.T, cfg.beta_1, cfg.beta_T, device)
+    if process.alpha[-1] < 1e-30:  # by which z_0 divides
+        raise UserError(f"no signal is left at --T {cfg.T} with --beta-T {cfg.beta_T}: lower one")
+    if cfg.dataset in common.DENSITIES:
+        raise UserError(f"{cfg.dataset} is not made of images: choose glyphs, mnist, or a folder")
     data = common.load_data(cfg, device)
     check(cfg, data)
     if other and other["model"]["encoder.0.weight"].shape[1] != data.shape[0]:
@@ -602,13 +607,11 @@ def prepare(cfg):
             each.adopt(weights, common.to_float(data.train[: cfg.batch_size]))
         torch.manual_seed(common.process_seed(cfg))  # the same if stage one was interrupted
         run.save()
-    return run, data, Process(cfg.T, cfg.beta_1, cfg.beta_T, device)
+    return run, data, process
 
 
 def check(cfg, data):
     """Refuse settings that do not go together."""
-    if not data.is_image:
-        raise UserError(f"{cfg.dataset} is not made of images: choose glyphs, mnist, or a folder")
     side = data.shape[1]
     if cfg.f & (cfg.f - 1) or side % cfg.f:
         raise UserError(f"--f {cfg.f} must be a power of two and divide {side} pixels")
@@ -620,6 +623,8 @@ def check(cfg, data):
         raise UserError(f"--adversarial {start}: give a smaller --adversarial-start")
     if new and cfg.f > 1 and cfg.adversarial and side < 12:
         raise UserError(f"--adversarial needs 12 pixels a side, not {side}: leave it out")
+    if cfg.condition in LABELS and not cfg.p_drop and cfg.scale != 1:
+        raise UserError("--p-drop 0 leaves nothing to guide away from: give --scale 1 with it")
     if cfg.sampling_steps > cfg.T:
         raise UserError(f"--sampling-steps {cfg.sampling_steps} are more than --T {cfg.T}")
     if cfg.num_samples and cfg.condition in IMAGES:
@@ -689,7 +694,7 @@ def evaluate_guidance(run, process, n, x, classes, judge):
     those of the test images x."""
     cfg, y, shown = run.cfg, torch.arange(n, device=run.device) % classes, {}
     clock = time.process_time if run.device.type == "cpu" else time.perf_counter
-    for s in sorted({0.0, 1.0, 2.0, 3.0, 5.0, cfg.scale}):
+    for s in sorted({0.0, 1.0, 2.0, 3.0, 5.0, cfg.scale}) if cfg.p_drop else (1.0,):
         torch.manual_seed(cfg.seed)  # the same noise at every scale
         start = clock()
         samples = generate(run.ema, process, n, y, s)
@@ -703,7 +708,9 @@ def evaluate_guidance(run, process, n, x, classes, judge):
     wide, chosen = min(10, classes), shown.pop(cfg.scale)
     title = f"a {cfg.condition} a column, s = {cfg.scale:g}"
     above = [(title, common.image_grid(chosen[: 8 * wide], wide, scale=2))]
-    title = f"two rows each of s = {', '.join(f'{s:g}' for s in shown)}"
+    if not shown:
+        return above, []
+    title = f"in turn s = {', '.join(f'{s:g}' for s in shown)}"
     below = torch.cat([samples[: 2 * wide] for samples in shown.values()])
     return above, [(title, common.image_grid(below, wide, scale=2))]
 
@@ -732,7 +739,10 @@ def evaluate_enlarged(run, process, classes, n=4):
     where there are no classes."""
     y = torch.arange(n, device=run.device) % classes if run.cfg.condition in LABELS else None
     small = generate(run.ema, process, n, y)
-    large = [generate(run.ema, process, n, y, enlarge=2, led_by=x) for x in (None, small)]
+    large = []
+    for x in (None, small):
+        torch.manual_seed(run.cfg.seed)  # the same noise, alone and led
+        large.append(generate(run.ema, process, n, y, enlarge=2, led_by=x))
     title = "samples; twice as large; the same led by the first"
     return [(title, in_turn(n, F.interpolate(small, scale_factor=2), *large))]
 

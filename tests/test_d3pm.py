@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 import math
+import re
 import zipfile
 from pathlib import Path
 
@@ -722,7 +723,8 @@ def test_bad_input(refused, pictures):
     words = [*TINY, "--dataset", "words.txt", "--length", "9"]
     refused("too short for examples of 128", "d3pm", *TINY, "--dataset", "short.txt")
     refused("cannot read binary.txt as text", "d3pm", *TINY, "--dataset", "binary.txt")
-    refused("moons is not discrete", "d3pm", *TINY, "--dataset", "moons")
+    for name in ("moons", "tinyshakspeare.txt"):
+        refused(f"{name} is no discrete data set", "d3pm", *TINY, "--dataset", name)
     refused("sentences take 37", "d3pm", *TINY, "--length", "36")
     refused("logistic is for .* images", "d3pm", *words, "--head", "logistic")
     refused("tables of 9999 x 256", "d3pm", *images, "--T", "9999", "--levels", "256")
@@ -765,3 +767,34 @@ def test_text8_missing_or_damaged(tmp_path, monkeypatch):
         with zipfile.ZipFile(path, "w") as archive:
             archive.writestr(name, "words " * 99)
         refused(pattern)
+
+
+def test_the_form_reaches_loss_bound_and_samples(tmp_path, monkeypatch):
+    seen, log_p_theta = [], d3pm.Chain.log_p_theta
+
+    def recorded(chain, log_p_0, x_t, t, form="joint"):
+        seen.append(form)
+        return log_p_theta(chain, log_p_0, x_t, t, form)
+
+    monkeypatch.setattr(d3pm.Chain, "log_p_theta", recorded)
+    torch.set_default_dtype(torch.float32)
+    (tmp_path / "text.txt").write_text("the cat sat on the mat " * 60)
+    changes = {"family": "uniform", "form": "posterior", "T": 3, "steps": 1, "bound_examples": 2}
+    small = {"width": 8, "blocks": 1, "batch_size": 2, "length": 8, "out": str(tmp_path / "run")}
+    cfg = settings(dataset=str(tmp_path / "text.txt"), **changes, **small)
+    run, data, chain = d3pm.prepare(cfg)
+    d3pm.train(cfg, run, data, chain)
+    d3pm.evaluate(cfg, run, data, chain)
+    d3pm.draw(cfg, run, data, chain, 2)
+    assert len(seen) > 6
+    assert set(seen) == {"posterior"}
+
+
+def test_compare_goes_on_past_a_chain_that_cannot_be(call, tmp_path):
+    (tmp_path / "dna.txt").write_text("ACGT" * 200)  # too few symbols for a graph of neighbours
+    arguments = [*TINY, "--dataset", tmp_path / "dna.txt", "--length", "8", "--compare"]
+    code, out, err = call("d3pm", *arguments)
+    assert code == 0, err
+    rows = [line for line in out.splitlines() if re.match(r"\w+ +categorical", line)]
+    assert sum("±" in row for row in rows) == 6
+    assert sum("needs a text of over" in row for row in rows) == 1

@@ -756,3 +756,51 @@ def test_bad_flags(refused, few):
     }
     for flags, pattern in bad.items():
         refused(pattern, "ldm", *TINY, *flags.split())
+
+
+def test_sampler_eta_and_leader_reach_the_samples():
+    model = filled(ldm.LatentDiffusion(config(sampling_steps=3), (1, 16, 16), 3))
+    y, process = torch.tensor([0, 1]), ldm.Process()
+
+    def sample(led_by=None, **flags):
+        model.cfg = config(sampling_steps=3, **flags)
+        torch.manual_seed(3)
+        return ldm.generate(model, process, 2, y, enlarge=2, led_by=led_by)
+
+    plain, noisy = sample(), sample(eta=1.0)
+    assert_close(noisy, sample(sampler="ancestral"))
+    for other in (noisy, sample(led_by=torch.ones(2, 1, 16, 16))):
+        assert not torch.allclose(plain, other)
+
+
+def test_every_weight_changes_what_is_learned(tmp_path, few):
+    def learned(**flags):
+        sizes = {"ae_steps": 2, "steps": 2, "classifier_steps": 1, "batch_size": 4, "warmup": 0}
+        sizes |= {"adversarial_start": 0, "adversarial": 0.5} | flags
+        out = tmp_path / "-".join(flags or ["plain"])
+        run, data, process = ldm.prepare(cfg := config(out=str(out), **sizes))
+        ldm.train(cfg, run, data, process)
+        state = run.net.state_dict().items()
+        return torch.cat([v.flatten().float() for name, v in state if "psi" not in name])
+
+    plain = learned()
+    assert torch.equal(plain, learned(sampling_steps=7))  # has no part in training
+    for flags in ({"kl_weight": 10.0}, {"perceptual": 9.0}, {"adversarial": 9.0}, {"loss": "l1"}):
+        assert not torch.equal(plain, learned(**flags)), flags
+
+
+def test_without_dropped_labels_nothing_is_guided(call, refused, few):
+    refused("give --scale 1", "ldm", *TINY, "--p-drop", "0")
+    code, out, err = call("ldm", *TINY, "--p-drop", "0", "--scale", "1")
+    assert code == 0, err
+    assert "s = 1:" in out
+    assert "s = 3:" not in out
+
+
+def test_settings_without_a_signal_or_images(call, refused, few):
+    for flags in (["--beta-T", "0.5"], ["--T", "100000"]):
+        refused("no signal is left", "ldm", *TINY, *flags)
+    refused("checkerboard is not made of images", "ldm", *TINY, "--dataset", "checkerboard")
+    assert call("ldm", *TINY, "--out", "run")[0] == 0
+    flags = ["--out", "run", "--first-stage", "nowhere", "--steps", "9"]
+    refused("learned with --first-stage None", "ldm", "--resume", *flags)
