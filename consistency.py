@@ -70,7 +70,7 @@ class Config(common.Config):
     width: Count = 128  # units of the MLP, or base channels of the U-Net
     blocks: Count = 2  # residual blocks, of the MLP or of each level of the U-Net
     mult: Sizes = (1, 2, 2)  # channel multiple of each level of the U-Net
-    attention: Sizes | None = (16,)  # resolutions with attention
+    attention: Sizes | None = (16,)  # resolutions with attention, but for the middle block
     patch: Count = 1  # side of the patches of pixels that the U-Net sees as channels
     dropout: Fraction = 0.0  # of the U-Net (Table 3); one mask for both networks (iCT)
     teacher_dropout: Fraction = 0.0  # of the teacher

@@ -77,7 +77,7 @@ class Config(common.Config):
     width: Count = 128  # units of the transformer, or base channels of the U-Net
     blocks: Count = 4  # of the transformer, or of each level of the U-Net
     mult: Sizes = (1, 2, 4)  # channel multiple of each level of the U-Net
-    attention: Sizes | None = None  # resolutions with attention, of the U-Net
+    attention: Sizes | None = None  # resolutions with attention, of the U-Net, but for the middle
     dropout: common.Fraction = 0.0  # of the U-Net
     learned = ("optimizer", "family", "schedule", "form", "head", "levels", "neighbours", "band")
 

@@ -66,7 +66,7 @@ class Config(common.Config):
     width: Count = 128  # units of the MLP, or base channels of the U-Net
     blocks: Count = 2  # residual blocks, of the MLP or of each level of the U-Net
     mult: Sizes = (1, 2, 2, 2)  # channel multiple of each level of the U-Net
-    attention: Sizes | None = None  # resolutions with attention
+    attention: Sizes | None = None  # resolutions with attention, but for the middle block
     patch: Count = 1  # side of the patches of pixels that the U-Net sees as channels
     dropout: common.Fraction = 0.0  # of the U-Net
 
@@ -477,7 +477,7 @@ def vector_picture(path, rounds):
         above.append((title, common.chart(shapes, box, size)))
         title, end = next(iter(r.ends.items()))
         if title in r.figures:  # unbiased, so it may fall below nought
-            title += f": energy distance {max(0, r.figures[title]):.3f} (grey: data)"
+            title += f": energy distance {r.figures[title]:.4f} (grey: data)"
         shapes = [("dots", x_1[:2500], GREY, 2), ("dots", end[:2500], LIGHT_RED, 2)]
         below.append((title, common.chart(shapes, box, size)))
     common.save_panels(path, above, below)

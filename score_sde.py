@@ -20,7 +20,7 @@ Departures  1. N equal steps from t = 1 to eps, beta_i = h beta(t_i): Eq. 20 and
             4. --weighting likelihood is of the authors' later paper. Training, too, dequantises.
             5. The U-Net is Dhariwal & Nichol's; DDPM++, and NCSN++ for VE, differ in details. On
                small images it sees patches of 2 x 2 pixels, and Muon trains its kernels. The
-               classifier has two convolutions; theirs is a Wide-ResNet-28-10.
+               classifier has three convolutions; theirs is a Wide-ResNet-28-10.
 Run         python score_sde.py                       checkerboard
             python score_sde.py --dataset mnist       digits: by class, inpainted, interpolated
             python score_sde.py --compare             Table 1 in 2-D
@@ -71,7 +71,7 @@ class Config(common.Config):
     width: Count = 128  # units of the MLP, or base channels of the U-Net
     blocks: Count = 2  # residual blocks, of the MLP or of each level of the U-Net
     mult: Sizes = (1, 2, 2, 2)  # channel multiple of each level of the U-Net
-    attention: Sizes | None = (16,)  # resolutions with attention
+    attention: Sizes | None = (16,)  # resolutions with attention, but for the middle block
     patch: Count = 1  # side of the patches of pixels that the U-Net sees as channels
     dropout: common.Fraction = 0.0  # of the U-Net
     learned = ("optimizer", "sde", "score", "sigma_min", "sigma_max", "beta_min", "beta_max")
@@ -403,18 +403,19 @@ class Classifier(nn.Module):
 
     def __init__(self, channels, num_classes, size, width):
         super().__init__()
-        self.widths = [width, 2 * width]
+        self.widths = [width, 2 * width, 2 * width]
         self.time = nn.Linear(width, sum(self.widths))
-        self.conv_1 = nn.Conv2d(channels, width, 5, stride=2, padding=2)
-        self.conv_2 = nn.Conv2d(width, 2 * width, 5, stride=2, padding=2)
+        layers = zip([channels, *self.widths], self.widths, (5, 3, 3), (2, 2, 1), strict=False)
+        self.convs = nn.ModuleList(nn.Conv2d(a, b, k, step, k // 2) for a, b, k, step in layers)
+        self.norms = nn.ModuleList(common.group_norm(w) for w in self.widths)
         self.output = nn.Linear(2 * width * math.ceil(size / 4) ** 2, num_classes)
 
     def forward(self, x, t):
-        shift = self.time(common.time_embedding(t, self.widths[0]))[:, :, None, None]
-        shift_1, shift_2 = shift.split(self.widths, dim=1)
-        h = F.silu(self.conv_1(x) + shift_1)
-        h = F.silu(self.conv_2(h) + shift_2)
-        return self.output(h.flatten(1))
+        shifts = self.time(common.time_embedding(t, self.widths[0], 30))[:, :, None, None]
+        shifts = shifts.split(self.widths, dim=1)
+        for conv, norm, shift in zip(self.convs, self.norms, shifts, strict=True):
+            x = F.silu(norm(conv(x)) + shift)
+        return self.output(x.flatten(1))
 
 
 # ---- Training -----------------------------------------------------------------------------------

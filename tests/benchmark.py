@@ -712,9 +712,9 @@ def quality_rows(minutes, data_dir, folder):
 
 def parse(argv=None):
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--gpu", action="store_true")
+    parser.add_argument("--gpu", action="store_true", help="measure on the GPU [on the CPU]")
     kinds = ["unet", "ode", "adjoint", "vector", "vae", "d3pm", "straight", "presets", "quality"]
-    parser.add_argument("--rows", choices=kinds)
+    parser.add_argument("--rows", choices=kinds, help="these alone [all but presets, quality]")
     about = "of training for each of the quality rows"
     parser.add_argument("--minutes", type=float, default=10.0, help=f"CPU-minutes {about} [10]")
     parser.add_argument("--judge", help="a samples.npz of MNIST to judge, and nothing else")
@@ -728,6 +728,10 @@ def parse(argv=None):
 
 def main():
     arguments, others = parse()
+    if arguments.gpu and not torch.cuda.is_available():
+        sys.exit("--gpu: there is none here")
+    if arguments.judge and not Path(arguments.judge).is_file():
+        sys.exit(f"--judge: there is no file {arguments.judge}")
     warnings.filterwarnings("ignore")
     device = torch.device("cuda" if arguments.gpu else "cpu")
     torch.set_float32_matmul_precision("high")
