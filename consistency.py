@@ -74,8 +74,8 @@ class Config(common.Config):
     patch: Count = 1  # side of the patches of pixels that the U-Net sees as channels
     dropout: Fraction = 0.0  # of the U-Net (Table 3); one mask for both networks (iCT)
     teacher_dropout: Fraction = 0.0  # of the teacher
-    learned = (*common.Config.learned, "class_conditional", "sigma_data", "teacher_steps")
-    learned += ("teacher_lr", "teacher_dropout", "P_mean")
+    learned = ("optimizer", "class_conditional", "sigma_data")
+    learned += ("teacher_steps", "teacher_lr", "teacher_dropout", "P_mean")
 
 
 # fmt: off
@@ -84,14 +84,13 @@ SMALL_IMAGES = common.SMALL_UNET | {  # minutes on two cores
     "batch_size": 64, "attention": (7, 8), "class_conditional": True, "examples": 500,
 }
 PRESETS = dict.fromkeys(("glyphs", "mnist", "fashion_mnist", "folder"), SMALL_IMAGES) | {
-    "cifar10": {  # Table 3 (cd, ct)
+    "cifar10": {"examples": 5_000,  # and by Table 3 (cd, ct):
         "steps": 800_000, "batch_size": 512, "lr": 4e-4, "ema": 0.9999,  # Table 3
         "warmup": 0, "decay": "constant", "flip": True, "sigma_data": 0.5,  # App. C
         "weighting": "one",  # Sec. 4; ict: --weighting step --steps 400000 --batch-size 1024
         # and --lr 1e-4 --dropout 0.3 --ema 0.99993
         "clip": None, "width": 128, "mult": (2, 2, 2), "blocks": 4,  # official code
         "teacher_steps": 400_000, "teacher_lr": 1e-3, "teacher_dropout": 0.13,  # official code
-        "examples": 5_000,
     },
 }
 # fmt: on

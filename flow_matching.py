@@ -69,8 +69,7 @@ class Config(common.Config):
     patch: Count = 1  # side of the patches of pixels that the U-Net sees as channels
     dropout: common.Fraction = 0.0  # of the U-Net
 
-    learned = (*common.Config.learned, "class_conditional", "path", "objective", "sigma_min")
-    learned += ("upsample",)
+    learned = ("optimizer", "class_conditional", "path", "objective", "sigma_min", "upsample")
 
 
 SMALL_IMAGES = common.SMALL_UNET | {  # minutes on two cores

@@ -80,7 +80,7 @@ class Config(common.Config):
 # fmt: off
 SMALL_IMAGES = common.SMALL_UNET | {  # minutes on two cores
     "steps": 6_000, "sde": "subvp", "tol": 1e-4, "nll_examples": 64, "divergence": "rademacher",
-    "classifier_steps": 2_000, "sigma_max": 50.0,  # VE: about the images' diameter
+    "classifier_steps": 4_000, "sigma_max": 50.0,  # VE: about the images' diameter
 }
 PRESETS = dict.fromkeys(("glyphs", "mnist", "fashion_mnist", "folder"), SMALL_IMAGES) | {
     "cifar10": {  # DDPM++ cont. (sub-VP), Table 2, Table 3; width, mult, attention: official code
