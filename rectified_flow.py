@@ -476,7 +476,7 @@ def vector_picture(path, rounds):
         shapes += [("dots", shown[0], PURPLE, 2.5), ("dots", shown[-1], RED, 2.5)]
         above.append((title, common.chart(shapes, box, size)))
         title, end = next(iter(r.ends.items()))
-        if title in r.figures:  # unbiased, so it may fall below nought
+        if title in r.figures:
             title += f": energy distance {r.figures[title]:.4f} (grey: data)"
         shapes = [("dots", x_1[:2500], GREY, 2), ("dots", end[:2500], LIGHT_RED, 2)]
         below.append((title, common.chart(shapes, box, size)))

@@ -734,3 +734,23 @@ def test_nll_of_vectors_with_classes_counts_the_class(tmp_path):
     fm.evaluate_vectors(cfg, run, data, fm.OT())
     exact = -common.standard_normal_log_prob(data.test).mean().item() + math.log(4)
     assert said["test"]["nll"] == pytest.approx(exact, abs=1e-3)
+
+
+def test_a_temperature_scales_the_noise_alone(tmp_path, monkeypatch):
+    """--temperature in the samples that are written; the picture's second grid, at 0.8."""
+    torch.set_default_dtype(torch.float32)
+    images, y = torch.zeros(70, 1, 4, 4, dtype=torch.uint8), torch.zeros(70)
+    data = common.Data("grey", images, y, images, y)
+    cfg = fm.Config(out=str(tmp_path), nll_examples=0, solver="euler", nfe=1, temperature=0.5)
+    run = types.SimpleNamespace(ema=lambda x, t, y=0: 0 * x, device="cpu", folder=tmp_path)
+    run.report = lambda *_, **__: None
+    x, _ = fm.draw(cfg, run, data, fm.OT(), 2_000)
+    assert x.std().item() == pytest.approx(0.5, rel=0.02)  # five standard errors of 32,000
+    starts, sample = [], fm.sample
+    monkeypatch.setattr(
+        fm, "sample", lambda v, x, *a, **k: starts.append(x) or sample(v, x, *a, **k)
+    )
+    fm.evaluate_images(cfg, run, data, fm.OT())
+    assert starts[0].std().item() == pytest.approx(1, rel=0.12)  # of 1,024
+    assert_close(starts[1], 0.8 * starts[0])
+    assert (tmp_path / "samples.png").exists()
