@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import itertools
 import math
+import types
 from pathlib import Path
 
 import numpy as np
@@ -804,3 +805,17 @@ def test_settings_without_a_signal_or_images(call, refused, few):
     assert call("ldm", *TINY, "--out", "run")[0] == 0
     flags = ["--out", "run", "--first-stage", "nowhere", "--steps", "9"]
     refused("learned with --first-stage None", "ldm", "--resume", *flags)
+
+
+def test_larger_samples_alone_and_led_share_their_noise(monkeypatch):
+    drawn = []
+
+    def generate(model, process, n, y, enlarge=1, led_by=None):
+        drawn.append(torch.randn(n, 1, 4 * enlarge, 4 * enlarge))
+        return drawn[-1]
+
+    monkeypatch.setattr(ldm, "generate", generate)
+    run = types.SimpleNamespace(cfg=config(), ema=None, device="cpu")
+    ldm.evaluate_enlarged(run, None, 10)
+    _, alone, led = drawn
+    assert torch.equal(alone, led)

@@ -789,3 +789,13 @@ def test_V_of_a_later_round_is_of_its_own_coupling(tmp_path):
     x_0, x_1 = torch.randn(2, 40, 2)
     figures = rf.measure(run, x_0, x_1, x_0 + 3).figures
     assert figures["V"] == pytest.approx(18, rel=1e-5)
+
+
+def test_no_held_out_image_is_drawn_twice(call, pictures, monkeypatch):
+    """Of 40 images 4 are held out: fewer than are drawn where there are enough."""
+    torch.set_default_dtype(torch.float32)
+    seen, costs = [], rf.costs
+    monkeypatch.setattr(rf, "costs", lambda x_0, x_1: seen.append(x_1) or costs(x_0, x_1))
+    code, _, err = call("rectified_flow", *TINY, "--dataset", pictures(n=40), "--image-size", "8")
+    assert code == 0, err
+    assert len(seen[0]) == len(seen[0].unique(dim=0)) == 4
