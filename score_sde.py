@@ -595,8 +595,8 @@ def independent_pixels(train, test):
 
 def compare(cfg, data, device):
     """On 2-D data, after Table 1: every SDE's samplers at equal numbers of evaluations, M corrector
-    steps after each predictor step; and App. D.5, for sub-VP: codes by
-    two networks, one of half the width (the paper: VE, half the depth)."""
+    steps after each predictor step; and App. D.5, for sub-VP: codes by two networks, one of half
+    the width (the paper: VE, half the depth)."""
     budgets = cfg.sampler_steps // 2, cfg.sampler_steps, 2 * cfg.sampler_steps
     test, table = data.test[:10_000], []
 

@@ -1143,7 +1143,8 @@ def test_what_resuming_and_sampling_remember(tmp_path):
     assert parse(resume).num_samples == 5
     assert parse(["--sample", str(run.file)]).num_samples == 0
     assert parse([*resume, "--dataset", str(folder)]).dataset == str(folder)  # without the slash
-    moved = folder.rename((tmp_path / "elsewhere").mkdir() or tmp_path / "elsewhere/pictures")
+    (tmp_path / "elsewhere").mkdir()
+    moved = folder.rename(tmp_path / "elsewhere/pictures")
     assert parse([*resume, "--dataset", str(moved)]).dataset == str(moved)
     with pytest.raises(UserError, match="name that run by --out"):
         parse([*resume, "--dataset", "moons"])
